@@ -1,0 +1,1 @@
+"""Which requests form the next batch."""

@@ -1,0 +1,186 @@
+"""Continuous batching: every step, each running request contributes one token or one chunk of its prompt.
+
+The same batcher serves the simulator and the real executor. It knows only what a serving loop knows when it
+decides: a request counts as finished once `update` has read its last token, so a loop that reads results one
+step late schedules one token too many, as transformers' asynchronous batching does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt to be continued by `output_tokens` tokens.
+
+    `scheduled` counts the tokens whose keys and values are in the cache once every step decided so far has
+    ended; `generated` counts the output tokens that the host has read.
+    """
+
+    id: int
+    prompt_tokens: int
+    output_tokens: int
+    arrival_ns: int = 0
+    scheduled: int = 0
+    generated: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.generated >= self.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What one request contributes to a batch: `tokens` new tokens after `context` cached ones."""
+
+    request: Request
+    context: int
+    tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this slice ends in a sampled token: it does unless more of the prompt is to come."""
+        return self.context + self.tokens >= self.request.prompt_tokens
+
+    @property
+    def decodes(self) -> bool:
+        return self.context >= self.request.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work. Decoding slices come first, in the order in which their requests were admitted."""
+
+    index: int
+    slices: tuple[Slice, ...]
+    num_tokens: int
+    prefill_tokens: int
+    admitted: int
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.slices)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Cached and new tokens that the decoding slices attend to, summed."""
+        return sum(s.context + 1 for s in self.slices if s.decodes)
+
+    @property
+    def prefill_pairs(self) -> int:
+        """(query, key) pairs that the prefilling slices attend to, causal mask taken into account."""
+        return sum(s.tokens * s.context + s.tokens * (s.tokens + 1) // 2 for s in self.slices if not s.decodes)
+
+
+class ContinuousBatcher:
+    """First come, first served, with a token budget and chunked prefill.
+
+    `max_num_seqs` bounds the requests running at once, `max_num_batched_tokens` the tokens of one step. KV
+    blocks of `block_size` tokens are reserved for a request's whole length when it is admitted, so that no
+    running request is ever preempted; `num_kv_blocks` bounds them (None: as many as are asked for).
+    """
+
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        block_size: int = 16,
+        num_kv_blocks: int | None = None,
+    ) -> None:
+        self.waiting = deque(requests)
+        self.running: list[Request] = []
+        self.finished = 0
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.block_size = block_size
+        self._free: list[int] = [] if num_kv_blocks is None else list(range(num_kv_blocks - 1, -1, -1))
+        self._unbounded = num_kv_blocks is None
+        self._blocks_made = 0
+        self._steps = 0
+        self.output_tokens = 0
+        self.wasted_tokens = 0
+
+    def schedule(self) -> Batch | None:
+        """The next batch, or None when no request is left to run."""
+        budget = self.max_num_batched_tokens
+        decodes: list[Slice] = []
+        prefills: list[Slice] = []
+        for request in self.running:
+            context = request.scheduled
+            if context >= request.prompt_tokens:
+                decodes.append(Slice(request, context, 1))
+                budget -= 1
+        admitted = 0
+        for request in self.running:
+            remaining = request.prompt_tokens - request.scheduled
+            if remaining > 0 and budget > 0:
+                tokens = min(remaining, budget)
+                prefills.append(Slice(request, request.scheduled, tokens))
+                budget -= tokens
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            if not self._reserve(request):
+                break
+            self.waiting.popleft()
+            self.running.append(request)
+            admitted += 1
+            # A request may arrive with its prompt cached (the calibrator's do): it decodes at once.
+            tokens = min(request.prompt_tokens - request.scheduled, budget)
+            if tokens > 0:
+                prefills.append(Slice(request, request.scheduled, tokens))
+                budget -= tokens
+            else:
+                decodes.append(Slice(request, request.scheduled, 1))
+                budget -= 1
+        if not decodes and not prefills:
+            return None
+        prefill_tokens = sum(s.tokens for s in prefills)
+        batch = Batch(self._steps, (*decodes, *prefills), len(decodes) + prefill_tokens, prefill_tokens, admitted)
+        self._steps += 1
+        for piece in batch.slices:
+            piece.request.scheduled += piece.tokens
+        return batch
+
+    def update(self, batch: Batch) -> list[Request]:
+        """Count the tokens that `batch` sampled; retire and return the requests that this completes."""
+        done: list[Request] = []
+        for piece in batch.slices:
+            if piece.samples:
+                request = piece.request
+                if request.finished:
+                    self.wasted_tokens += 1
+                    continue
+                request.generated += 1
+                self.output_tokens += 1
+                if request.finished:
+                    done.append(request)
+        if done:
+            self.running = [request for request in self.running if not request.finished]
+            self.finished += len(done)
+            for request in done:
+                self._free.extend(reversed(request.blocks))
+                request.blocks = []
+        return done
+
+    def _reserve(self, request: Request) -> bool:
+        # One token more than the whole length: a loop that reads late writes one wasted token.
+        need = -(-(request.prompt_tokens + request.output_tokens + 1) // self.block_size)
+        if self._unbounded and need > len(self._free):
+            fresh = need - len(self._free)
+            self._free[:0] = range(self._blocks_made + fresh - 1, self._blocks_made - 1, -1)
+            self._blocks_made += fresh
+        if need > len(self._free):
+            return False
+        request.blocks = [self._free.pop() for _ in range(need)]
+        return True
+
+
+def uniform_requests(num_prompts: int, prompt_tokens: int, output_tokens: int) -> Sequence[Request]:
+    """`num_prompts` equal requests, all present at the start."""
+    return [Request(i, prompt_tokens, output_tokens) for i in range(num_prompts)]
