@@ -60,3 +60,75 @@ class Run:
     results: dict[str, ScheduleResult]
     windows: dict[str, tuple[Span, ...]]
     provenance: dict[str, Any]
+
+
+def figures(result: ScheduleResult) -> dict[str, float]:
+    """All figures of a result in one flat dictionary; keys such as `step_ms.p50` and `stage_ms.decode`."""
+    flat = {
+        "throughput_tokens_per_s": result.throughput_tokens_per_s,
+        "gain_over_sync": result.gain_over_sync,
+        "total_s": result.total_s,
+        **{f"step_ms.{key}": value for key, value in result.step_ms.items()},
+        "device_busy_fraction": result.device_busy_fraction,
+        "launch_gap_fraction": result.launch_gap_fraction,
+        "host_busy_fraction": result.host_busy_fraction,
+        **{f"stage_ms.{stage}": value for stage, value in result.stage_ms.items()},
+    }
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def errors(predicted: ScheduleResult, measured: ScheduleResult) -> dict[str, float]:
+    """Signed errors of a prediction, by the keys of `figures`; a figure that either side lacks has none.
+
+    Shares of time and gains: predicted - measured, in percentage points. All others: predicted / measured - 1
+    (none where zero was measured and something else predicted).
+    """
+    found = figures(predicted)
+    result: dict[str, float] = {}
+    for key, truth in figures(measured).items():
+        if key not in found:
+            continue
+        if in_points(key):
+            result[key] = (found[key] - truth) * 100
+        elif truth:
+            result[key] = found[key] / truth - 1
+        elif not found[key]:
+            result[key] = 0.0
+    return result
+
+
+def in_points(key: str) -> bool:
+    """Whether the error of this figure is given in percentage points."""
+    return key.endswith("_fraction") or key == "gain_over_sync"
+
+
+def run_json(run: Run) -> dict[str, Any]:
+    """What `batchsim run --json` prints and `result.json` holds."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "scenario": run.scenario,
+        "profile": run.provenance["profile"],
+        "schedules": _results_json(run),
+        "provenance": run.provenance,
+    }
+
+
+def validation_json(predicted: Run, measured: Run) -> dict[str, Any]:
+    """What `batchsim validate --json` prints: the same keys predicted and measured, and `errors` of each schedule."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "scenario": predicted.scenario,
+        "profile": predicted.provenance["profile"],
+        "predicted": _results_json(predicted),
+        "measured": _results_json(measured),
+        "error": {
+            name: errors(predicted.results[name], result)
+            for name, result in measured.results.items()
+            if name in predicted.results
+        },
+        "provenance": {"predicted": predicted.provenance, "measured": measured.provenance},
+    }
+
+
+def _results_json(run: Run) -> dict[str, Any]:
+    return {name: result.to_json() for name, result in run.results.items()}

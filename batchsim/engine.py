@@ -1,0 +1,151 @@
+"""Scenario in, result out: runs each schedule of a scenario on the simulated machine."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from batchsim import __version__
+from batchsim.batching.continuous import ContinuousBatcher, Request, uniform_requests
+from batchsim.errors import RunError
+from batchsim.machine import SimulatedMachine
+from batchsim.metrics import Metrics
+from batchsim.profile import Profile, ProfileCosts
+from batchsim.records import Observer, Span
+from batchsim.result import Run, ScheduleResult
+from batchsim.scenario import Scenario, check_memory
+from batchsim.schedules import SCHEDULES
+
+WINDOW_STEPS = 6
+
+
+class Window:
+    """An observer that keeps the spans of a few steady steps: those from `first_step` on, or else the last ones."""
+
+    def __init__(self, first_step: int) -> None:
+        self._end = first_step + WINDOW_STEPS
+        self._spans: deque[Span] = deque()
+        self._closed = False
+
+    def __call__(self, span: Span) -> None:
+        if self._closed:
+            return
+        if span.step > self._end:
+            self._closed = True
+            return
+        self._spans.append(span)
+        while self._spans[0].step < span.step - WINDOW_STEPS:
+            self._spans.popleft()
+
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(sorted(self._spans, key=lambda span: (span.start_ns, span.end_ns)))
+
+
+def requests_of(scenario: Scenario) -> list[Request]:
+    """The requests of a scenario, all present at the start."""
+    workload = scenario.workload
+    return list(uniform_requests(workload.num_prompts, workload.input_len, workload.output_len))
+
+
+def batcher_of(scenario: Scenario, num_kv_blocks: int | None = None) -> ContinuousBatcher:
+    """A fresh batcher with the requests of a scenario."""
+    return ContinuousBatcher(
+        requests_of(scenario),
+        max_num_seqs=scenario.max_num_seqs,
+        max_num_batched_tokens=scenario.max_num_batched_tokens,
+        block_size=scenario.block_size,
+        num_kv_blocks=num_kv_blocks,
+    )
+
+
+def steady_step(scenario: Scenario) -> int:
+    """A step in the middle of the first generation of requests: prompts are through, none has finished."""
+    workload = scenario.workload
+    running = min(workload.num_prompts, scenario.max_num_seqs)
+    return running * workload.input_len // scenario.max_num_batched_tokens + workload.output_len // 2
+
+
+def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float], None] | None = None) -> Run:
+    """Simulate every schedule of `scenario` at the costs of `profile`.
+
+    `progress` is told the fraction of all output tokens done.
+
+    Raises:
+        InputError: the scenario cannot run on the profile's machine.
+        RunError: the profile lacks a loop that the scenario asks for.
+    """
+    check_memory(scenario, profile.device_memory_bytes)
+    results: dict[str, ScheduleResult] = {}
+    windows: dict[str, tuple[Span, ...]] = {}
+    for position, schedule in enumerate(scenario.schedules):
+        loop = f"{schedule}/{'graph' if scenario.cuda_graphs else 'eager'}"
+        if loop not in profile.loops:
+            raise RunError(f"profile {profile.name} holds no costs for {loop}; it has {', '.join(profile.loops)}")
+        costs = ProfileCosts(
+            profile,
+            schedule,
+            graphs=scenario.cuda_graphs,
+            host_speed=scenario.host_speed,
+            jitter=scenario.jitter,
+            seed=scenario.seed,
+            replication=scenario.replication,
+        )
+        batcher = batcher_of(scenario)
+        metrics, window = Metrics(), Window(steady_step(scenario))
+        observers: list[Observer] = [metrics, window]
+        if progress is not None:
+            observers.append(_reporter(progress, batcher, scenario, position))
+        machine = SimulatedMachine(
+            batcher,
+            costs,
+            _tell_all(observers),
+            host_threads=scenario.host_threads,
+            launch_queue_depth=scenario.launch_queue_depth,
+        )
+        total_ns = machine.run(SCHEDULES[schedule]())
+        result = metrics.result(schedule, total_ns, batcher)
+        warnings = tuple(f"{schedule}: {what} lies outside the measured range" for what in sorted(costs.extrapolated))
+        results[schedule] = replace(result, warnings=warnings)
+        windows[schedule] = window.spans()
+    return Run(
+        source="simulated",
+        scenario=scenario.model_dump(mode="json"),
+        results=with_gains(results),
+        windows=windows,
+        provenance={"batchsim": __version__, "profile": profile.name, **profile.provenance},
+    )
+
+
+def with_gains(results: dict[str, ScheduleResult]) -> dict[str, ScheduleResult]:
+    """The results, each with its gain over the sync schedule's throughput where that is among them."""
+    if "sync" not in results:
+        return results
+    base = results["sync"].throughput_tokens_per_s
+    return {
+        name: replace(result, gain_over_sync=result.throughput_tokens_per_s / base - 1)
+        for name, result in results.items()
+    }
+
+
+def _tell_all(observers: list[Observer]) -> Observer:
+    def observe(span: Span) -> None:
+        for observer in observers:
+            observer(span)
+
+    return observe
+
+
+def _reporter(
+    progress: Callable[[float], None], batcher: ContinuousBatcher, scenario: Scenario, position: int
+) -> Observer:
+    workload = scenario.workload
+    tokens = workload.num_prompts * workload.output_len
+
+    def observe(span: Span) -> None:
+        if span.stage == "update" and span.step % 64 == 0:
+            progress((position + batcher.output_tokens / tokens) / len(scenario.schedules))
+
+    return observe
+
+

@@ -1,0 +1,312 @@
+"""Measured costs of one model on one machine: read, check, interpolate, draw.
+
+A profile is measured by the calibrator, never typed in. It holds the cells as they were measured (quantiles and
+counts), what was fitted to them, the fits' residuals, and where all of it comes from.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zlib import crc32
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeFloat, PositiveInt, ValidationError
+
+from batchsim.batching.continuous import Batch
+from batchsim.errors import InputError
+from batchsim.machine import Burst, Latencies
+
+SCHEMA_VERSION = 1
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class PhaseFit(_Model):
+    """Host time of one phase, nanoseconds: linear in what the batch holds, times a ratio drawn per step.
+
+    `ratios` are the means of equal-count bins of measured over fitted time, so that their mean is the measured
+    one. Samples beyond the outlier bound take no part in fit or ratios; they are counted, with their total.
+    """
+
+    step_ns: NonNegativeFloat
+    seq_ns: NonNegativeFloat = 0.0
+    prefill_token_ns: NonNegativeFloat = 0.0
+    admitted_ns: NonNegativeFloat = 0.0
+    ratios: Annotated[list[NonNegativeFloat], Field(min_length=1)]
+    samples: PositiveInt
+    outliers: int
+    outlier_ns: NonNegativeFloat
+    residuals: dict[str, FiniteFloat]
+
+    def mean_ns(self, batch: Batch | None) -> float:
+        """Expected host time for `batch` (None: a scheduling call that found nothing to run)."""
+        if batch is None:
+            return self.step_ns
+        return (
+            self.step_ns
+            + self.seq_ns * batch.num_seqs
+            + self.prefill_token_ns * batch.prefill_tokens
+            + self.admitted_ns * batch.admitted
+        )
+
+
+class LoopFit(_Model):
+    """One loop (a schedule, with or without graphs): its host phases and the machine's fixed delays in it."""
+
+    phases: dict[str, PhaseFit]
+    kernel_launch: PhaseFit
+    launch_ns: int
+    copy_ns: int
+    event_ns: int
+    gap_ns: int
+    wake_up_ns: int
+    copy_in_device_ns: int
+    copy_out_device_ns: int
+
+
+class DecodeCurve(_Model):
+    """Device time of a decode forward padded to `size` rows, at increasing sums of the rows' contexts."""
+
+    size: PositiveInt
+    kv_tokens: Annotated[list[int], Field(min_length=2)]
+    ns: Annotated[list[Positive], Field(min_length=2)]
+
+    def at(self, kv_tokens: int) -> float:
+        """Piecewise linear; beyond the ends the last segment goes on."""
+        i = min(max(bisect_right(self.kv_tokens, kv_tokens), 1), len(self.kv_tokens) - 1)
+        (x0, x1), (y0, y1) = self.kv_tokens[i - 1 : i + 1], self.ns[i - 1 : i + 1]
+        return y0 + (y1 - y0) * (kv_tokens - x0) / (x1 - x0)
+
+    def slope(self) -> float:
+        """Nanoseconds that one more token of context costs, over the whole curve."""
+        return (self.ns[-1] - self.ns[0]) / (self.kv_tokens[-1] - self.kv_tokens[0])
+
+
+class PrefillFit(_Model):
+    """Device time of a forward with prompt tokens: `ns` at `num_tokens` new tokens, and more for attention."""
+
+    num_tokens: Annotated[list[int], Field(min_length=2)]
+    ns: Annotated[list[Positive], Field(min_length=2)]
+    pair_ns: NonNegativeFloat
+    residuals: dict[str, FiniteFloat]
+
+    def at(self, num_tokens: int, pairs: int) -> float:
+        return float(_line(num_tokens, self.num_tokens, self.ns)) + self.pair_ns * pairs
+
+
+class DeviceFit(_Model):
+    """Device time of a forward.
+
+    `eager_factor` is the kernel time of a forward that is launched kernel by kernel over the graph's;
+    `outer_share` the part of it that the kernels outside the layers take, nearly all of it the LM head.
+    """
+
+    decode: list[DecodeCurve]
+    prefill: PrefillFit
+    eager_factor: Positive
+    outer_share: Annotated[float, Field(ge=0, lt=1)]
+    decode_ratios: Annotated[list[Positive], Field(min_length=1)]
+    prefill_ratios: Annotated[list[Positive], Field(min_length=1)]
+
+
+class KernelCounts(_Model):
+    """Launches of a forward without graphs: before the layers, in each layer, and after them."""
+
+    first: PositiveInt
+    layers: PositiveInt
+    per_layer: PositiveInt
+    last: PositiveInt
+
+    @property
+    def total(self) -> int:
+        return self.first + self.layers * self.per_layer + self.last
+
+    def bursts(self, launch_ns: float, device_ns: float, outer_share: float) -> tuple[Burst, ...]:
+        """A forward of `device_ns` kernel time, each launch taking the host `launch_ns`.
+
+        The layers' kernels share their part evenly; the first after the layers, the LM head, takes the rest.
+        """
+        host, each = round(launch_ns), round(device_ns * (1 - outer_share) / (self.layers * self.per_layer))
+        layer = Burst((host,) * self.per_layer, (each,) * self.per_layer)
+        last = Burst((host,) * self.last, (round(device_ns * outer_share), *(0,) * (self.last - 1)))
+        return (Burst((host,) * self.first, (0,) * self.first), *(layer,) * self.layers, last)
+
+
+def forward_ns(bursts: Sequence[Burst]) -> int:
+    """From the first kernel's start to the last one's end on an idle device."""
+    ready = end = 0
+    for burst in bursts:
+        for host_ns, device_ns in zip(burst.host_ns, burst.device_ns, strict=True):
+            end = max(end, ready) + device_ns
+            ready += host_ns
+    return end
+
+
+class Profile(_Model):
+    """Everything measured for one model on one machine. Loops are named `sync/graph`, `async/eager` and so on."""
+
+    schema_version: Literal[1]
+    kind: Literal["profile"]
+    name: str
+    model: str
+    provenance: dict[str, Any]
+    device_memory_bytes: int
+    host_yardstick_ns: Positive
+    kernels: KernelCounts
+    loops: dict[str, LoopFit]
+    device: dict[str, DeviceFit]
+    copies: list[dict[str, Any]]
+    cells: list[dict[str, Any]]
+
+    def graph_size(self, num_seqs: int) -> int:
+        """The captured batch size that a decode batch of `num_seqs` is padded to."""
+        sizes = [curve.size for curve in next(iter(self.device.values())).decode]
+        return next((size for size in sizes if size >= num_seqs), sizes[-1])
+
+
+def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Piecewise linear through the points, the end segments going on."""
+    i = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+    return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+
+def load_profile(name: str, base: Path | None = None) -> Profile:
+    """Read a shipped profile by name, or any by the path of its JSON, relative to `base`.
+
+    Raises:
+        InputError: no such profile, or a file that is not one.
+    """
+    shipped = files("calibration") / "profiles"
+    path = (base or Path()) / name
+    if not path.is_file():
+        resource = shipped / f"{name}.json"
+        if not resource.is_file():
+            known = sorted(entry.name.removesuffix(".json") for entry in shipped.iterdir() if entry.name.endswith(".json"))
+            raise InputError(str(path), "profile", repr(name), f"a JSON file or one of: {', '.join(known)}")
+        text, source = resource.read_text(encoding="utf-8"), resource.name
+    else:
+        text, source = path.read_text(encoding="utf-8"), str(path)
+    try:
+        return Profile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "profile"
+        raise InputError(source, key, repr(first["input"])[:80], first["msg"]) from None
+
+
+class Draws:
+    """Endless draws from equal-count bins, from a stream of its own.
+
+    The stream is `SeedSequence(seed, spawn_key=(replication, crc32(name)))`: a new component shifts no other's
+    draws, and all schedules of a comparison see the same ones.
+    """
+
+    def __init__(self, values: Sequence[float], *, seed: int, replication: int, name: str) -> None:
+        sequence = np.random.SeedSequence(seed, spawn_key=(replication, crc32(name.encode())))
+        self._rng = np.random.Generator(np.random.PCG64(sequence))
+        self._values = np.asarray(values, dtype=np.float64)
+        self._drawn: Iterator[float] = iter(())
+
+    def next(self) -> float:
+        for value in self._drawn:
+            return value
+        self._drawn = iter(self._values[self._rng.integers(0, len(self._values), 4096)].tolist())
+        return next(self._drawn)
+
+
+class ProfileCosts:
+    """The costs of one loop of a profile, for the simulated machine.
+
+    `host_speed` is the speed of one host thread relative to the profile's machine. With `jitter` every step
+    draws its costs from the measured distribution; without, it pays their means. `extrapolated` names what was
+    asked for outside the measured range.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        schedule: str,
+        *,
+        graphs: bool,
+        host_speed: float = 1.0,
+        jitter: bool = True,
+        seed: int = 0,
+        replication: int = 0,
+    ) -> None:
+        self.loop = profile.loops[f"{schedule}/{'graph' if graphs else 'eager'}"]
+        self.device = profile.device[schedule]
+        self.graphs = graphs
+        self.extrapolated: set[str] = set()
+        self._scale = 1 / host_speed
+        self._jitter = jitter
+        self._streams = {"seed": seed, "replication": replication}
+        self._draws: dict[str, Draws] = {}
+        self._kernels = profile.kernels
+        loop = self.loop
+        self.latencies = Latencies(
+            launch_ns=round(loop.launch_ns * self._scale),
+            copy_ns=round(loop.copy_ns * self._scale),
+            event_ns=loop.event_ns,
+            gap_ns=loop.gap_ns,
+            wake_up_ns=round(loop.wake_up_ns * self._scale),
+        )
+
+    def host_ns(self, phase: str, batch: Batch | None) -> int:
+        """See `batchsim.machine.Costs`."""
+        return self._host_time(phase, self.loop.phases[phase], batch)
+
+    def copy_ns(self, phase: str, batch: Batch) -> int:
+        """See `batchsim.machine.Costs`."""
+        return self.loop.copy_in_device_ns if phase == "copy_in" else self.loop.copy_out_device_ns
+
+    def launch(self, batch: Batch) -> Sequence[Burst]:
+        """See `batchsim.machine.Costs`: one burst for a graph, else one a layer and one before and after them."""
+        if self.graphs and not batch.prefill_tokens:
+            host_ns = self._host_time("launch", self.loop.phases["launch"], batch)
+            return (Burst((host_ns,), (self.decode_ns(batch),)),)
+        device_ns = self.prefill_ns(batch) if batch.prefill_tokens else self.decode_ns(batch) * self.device.eager_factor
+        launch_ns = self._host_time("kernel_launch", self.loop.kernel_launch, None)
+        # With prompt tokens the LM head, over the sampled rows alone, is next to nothing.
+        return self._kernels.bursts(launch_ns, device_ns, 0.0 if batch.prefill_tokens else self.device.outer_share)
+
+    def decode_ns(self, batch: Batch) -> int:
+        """Device time of a decode forward, nanoseconds."""
+        curve = self._curve(batch.num_seqs)
+        kv_tokens = batch.kv_tokens
+        if not curve.kv_tokens[0] * 0.5 <= kv_tokens <= curve.kv_tokens[-1] * 1.1:
+            self.extrapolated.add(f"decode of {curve.size} rows over {kv_tokens} tokens of context")
+        return round(curve.at(kv_tokens) * self._ratio("decode", self.device.decode_ratios))
+
+    def prefill_ns(self, batch: Batch) -> int:
+        """Device time of a forward with prompt tokens, nanoseconds."""
+        fit = self.device.prefill
+        if batch.num_tokens > fit.num_tokens[-1]:
+            self.extrapolated.add(f"prefill of {batch.num_tokens} tokens")
+        ns = fit.at(batch.num_tokens, batch.prefill_pairs)
+        if batch.kv_tokens:
+            ns += self._curve(batch.num_seqs).slope() * batch.kv_tokens
+        return round(ns * self._ratio("prefill", self.device.prefill_ratios))
+
+    def _curve(self, num_seqs: int) -> DecodeCurve:
+        for curve in self.device.decode:
+            if curve.size >= num_seqs:
+                return curve
+        self.extrapolated.add(f"decode of {num_seqs} rows")
+        return self.device.decode[-1]
+
+    def _ratio(self, name: str, ratios: Sequence[float]) -> float:
+        if not self._jitter:
+            return sum(ratios) / len(ratios)
+        if name not in self._draws:
+            self._draws[name] = Draws(ratios, name=name, **self._streams)
+        return self._draws[name].next()
+
+    def _host_time(self, name: str, fit: PhaseFit, batch: Batch | None) -> int:
+        return round(fit.mean_ns(batch) * self._ratio(name, fit.ratios) * self._scale)

@@ -1,0 +1,219 @@
+"""The page for the browser: everything in one file, plotly.js included, and nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable
+
+import plotly.graph_objects as go
+import yaml
+from plotly.offline import get_plotlyjs
+
+from batchsim.report import figures as draw
+from batchsim.report.style import SCRIPT, STYLE
+from batchsim.report.words import (
+    METRICS,
+    Metric,
+    agreement,
+    causes,
+    error_text,
+    headline,
+    idle_shares,
+    stage_label,
+    unique_warnings,
+)
+from batchsim.result import DEFINITIONS, Run, ScheduleResult, errors, figures
+
+# The browser itself refuses to fetch: the page has what it needs.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+_TIMELINE_NOTE = (
+    "A few steps of the steady run, aligned where a forward ends. Blank is idle, hatched is the host waiting. "
+    "Drag to zoom, double-click to go back."
+)
+_CLOSE_UP_NOTE = "What happens between the end of a forward and the host's next wait: the cause of idle time."
+_ON_CARDS = (
+    "step_ms.mean",
+    "step_ms.p99",
+    "device_busy_fraction",
+    "launch_gap_fraction",
+    "host_busy_fraction",
+    "total_s",
+)
+
+
+def page(predicted: Run, measured: Run | None = None) -> str:
+    """The HTML text of the report."""
+    runs = [predicted] if measured is None else [predicted, measured]
+    name = str(predicted.scenario.get("name", "scenario"))
+    plots = draw.timelines(predicted, measured) | {"idle": draw.idle(predicted, measured)}
+    if measured is not None:
+        plots["metric-errors"] = draw.metric_errors(predicted, measured)
+        plots["stage-errors"] = draw.stage_errors(predicted, measured)
+    sections = [
+        _section("Timeline", _TIMELINE_NOTE, _plot("timeline")),
+        _section("Close-up of one turn", _CLOSE_UP_NOTE, _plot("close-up")),
+        _section("Where the device's time goes", DEFINITIONS["idle_ns"].capitalize() + ".", _plot("idle")),
+    ]
+    if measured is not None:
+        side_by_side = f'<div class="pair">{_plot("metric-errors")}{_plot("stage-errors")}</div>'
+        sections.append(_section("Predicted against measured", agreement(predicted, measured), side_by_side))
+    sections += [
+        _section("All figures", "", _figures_table(predicted, measured)),
+        _section("Definitions", "", _definitions()),
+        _section("Scenario", "", _yaml(predicted.scenario)),
+        _section("Provenance", "", "".join(f"<h3>{_text(run.source)}</h3>{_yaml(run.provenance)}" for run in runs)),
+    ]
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{_text(name)} - BatchSim</title>",
+            f"<style>{STYLE}</style>",
+            f"<script>{get_plotlyjs()}</script>",
+            "</head><body><main>",
+            f'<header><p class="kicker">BatchSim report</p><h1>{_text(name)}</h1>',
+            f'<p class="headline">{_text(headline(predicted, measured))}</p>',
+            f'<ul class="causes">{_items(causes(measured or predicted))}</ul></header>',
+            _warnings(runs),
+            _cards(predicted, measured),
+            *sections,
+            "</main>",
+            _plot_data(plots),
+            f"<script>{SCRIPT}</script>",
+            "</body></html>\n",
+        ]
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _items(texts: Iterable[str]) -> str:
+    return "".join(f"<li>{_text(text)}</li>" for text in texts)
+
+
+def _section(title: str, note: str, body: str) -> str:
+    note = f'<p class="note">{_text(note)}</p>' if note else ""
+    return f"<section><h2>{_text(title)}</h2>{note}{body}</section>"
+
+
+def _plot(name: str) -> str:
+    return f'<div class="plot" id="{name}"></div>'
+
+
+def _plot_data(plots: dict[str, go.Figure]) -> str:
+    """The figures as JSON; `<` is escaped, so that no text in them can end the script element."""
+    data = {name: figure.to_plotly_json() for name, figure in plots.items()}
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="plots">{text}</script>'
+
+
+def _warnings(runs: list[Run]) -> str:
+    found = unique_warnings(runs)
+    return f'<ul class="warnings">{_items(found)}</ul>' if found else ""
+
+
+def _cards(predicted: Run, measured: Run | None) -> str:
+    return f'<div class="cards">{"".join(_card(name, predicted, measured) for name in predicted.results)}</div>'
+
+
+def _card(name: str, predicted: Run, measured: Run | None) -> str:
+    result = predicted.results[name]
+    found = figures(result)
+    truth = figures(measured.results[name]) if measured is not None and name in measured.results else {}
+    error = errors(result, measured.results[name]) if measured is not None and truth else {}
+    chip = ""
+    if result.gain_over_sync is not None and name != "sync":
+        kind = "gain" if result.gain_over_sync > 0.0005 else "loss" if result.gain_over_sync < -0.0005 else "same"
+        chip = f'<span class="chip {kind}">{result.gain_over_sync:+.1%} over sync</span>'
+    rows = [
+        f"<dt>{_text(metric.label)}</dt><dd>{_value(metric, found, truth, error)}</dd>"
+        for metric in METRICS
+        if metric.key in _ON_CARDS and metric.key in found
+    ]
+    predicted_mark = " predicted" if truth else ""
+    tokens = f'<p class="big">{result.throughput_tokens_per_s:,.0f} <small>tokens/s{predicted_mark}</small></p>'
+    if truth:
+        key = "throughput_tokens_per_s"
+        gain = f", {truth['gain_over_sync']:+.1%} over sync" if chip and "gain_over_sync" in truth else ""
+        tokens += f'<p class="measured">measured {truth[key]:,.0f}{gain} (error {error_text(key, error[key])})</p>'
+    busy = min(max(result.device_busy_fraction, 0.0), 1.0)
+    meter = f'<div class="meter" title="device busy {busy:.1%}"><i style="width:{busy * 100:.2f}%"></i></div>'
+    return f'<article class="card"><h3>{_text(name)} {chip}</h3>{tokens}{meter}<dl>{"".join(rows)}</dl></article>'
+
+
+def _value(metric: Metric, found: dict[str, float], truth: dict[str, float], error: dict[str, float]) -> str:
+    text = _number(found.get(metric.key), metric.format)
+    if metric.key in truth and metric.key in error:
+        text += f" <small>{_text(error_text(metric.key, error[metric.key]))}</small>"
+    return text
+
+
+def _number(value: float | None, form: str) -> str:
+    return "&ndash;" if value is None else format(value, form)
+
+
+def _figures_table(predicted: Run, measured: Run | None) -> str:
+    """Every figure of every schedule: predicted, or predicted, measured and error."""
+    columns = list(predicted.results)
+    kinds = ("predicted", "measured", "error") if measured is not None else ("",)
+    head = "".join(f'<th colspan="{len(kinds)}">{_text(name)}</th>' for name in columns)
+    under = "".join(f"<th>{kind}</th>" for _ in columns for kind in kinds) if measured is not None else ""
+    rows = [f'<tr><th rowspan="{1 + bool(under)}"></th>{head}</tr>' + (f"<tr>{under}</tr>" if under else "")]
+    for title, metrics in _groups(predicted, measured):
+        rows.append(f'<tr class="group"><th colspan="{1 + len(columns) * len(kinds)}">{_text(title)}</th></tr>')
+        for metric in metrics:
+            cells = "".join(_cells(metric, name, predicted, measured) for name in columns)
+            rows.append(f"<tr><th>{_text(metric.label)}</th>{cells}</tr>")
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+
+
+def _groups(predicted: Run, measured: Run | None) -> list[tuple[str, list[Metric]]]:
+    results = [result for run in (predicted, measured) if run is not None for result in run.results.values()]
+    keys = dict.fromkeys(key for result in results for key in figures(result))
+    stages = [key.removeprefix("stage_ms.") for key in keys if key.startswith("stage_ms.")]
+    idle = dict.fromkeys(stage for result in results for stage in idle_shares(result))
+    counts = dict.fromkeys(key for result in results for key in result.counts)
+    return [
+        ("Metrics", [metric for metric in METRICS if metric.key in keys]),
+        ("Time of a step by stage, ms", [Metric(f"stage_ms.{s}", stage_label(s), ",.4f") for s in stages]),
+        ("Device idle for, share of total", [Metric(f"idle.{s}", stage_label(s), ".3%") for s in idle]),
+        ("Counts", [Metric(f"counts.{key}", key.replace("_", " "), ",d") for key in counts]),
+    ]
+
+
+def _cells(metric: Metric, name: str, predicted: Run, measured: Run | None) -> str:
+    left = _all_figures(predicted.results[name])
+    cells = [_number(left.get(metric.key), metric.format)]
+    if measured is not None:
+        truth = measured.results.get(name)
+        right = _all_figures(truth) if truth is not None else {}
+        error = None if truth is None else errors(predicted.results[name], truth).get(metric.key)
+        if metric.key.startswith("idle.") and metric.key in left and metric.key in right:
+            error = (left[metric.key] - right[metric.key]) * 100
+            shown = error_text("idle_fraction", error)
+        else:
+            shown = "&ndash;" if error is None else error_text(metric.key, error)
+        cells += [_number(right.get(metric.key), metric.format), shown]
+    return "".join(f"<td>{cell}</td>" for cell in cells)
+
+
+def _all_figures(result: ScheduleResult) -> dict[str, float]:
+    idle = {f"idle.{stage}": share for stage, share in idle_shares(result).items()}
+    return figures(result) | idle | {f"counts.{key}": value for key, value in result.counts.items()}
+
+
+def _definitions() -> str:
+    return "<dl class='definitions'>{}</dl>".format(
+        "".join(f"<dt><code>{_text(key)}</code></dt><dd>{_text(text)}</dd>" for key, text in DEFINITIONS.items())
+    )
+
+
+def _yaml(value: object) -> str:
+    plain = json.loads(json.dumps(value, default=str))
+    return f"<pre>{_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100).rstrip())}</pre>"

@@ -1,0 +1,170 @@
+"""Measure one model on one machine and fit a profile.
+
+The executor itself is what is measured: it runs short stretches of the very loops that it will run later, over
+a grid of batch sizes, contexts and prompt chunks, sync and async, with and without graphs, interleaved in rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchsim.errors import RunError
+from batchsim.files import write_json, write_text
+from batchsim.model import MODELS, ModelShape
+from batchsim.profile import Profile
+from batchsim.schedules import SCHEDULES
+from calibration.cells import Cell, Samples, plan, read_samples
+from calibration.copies import measure_copies
+from calibration.executor import Executor, build
+from calibration.fit import fit_profile
+from calibration.provenance import host_yardstick_ns, provenance
+
+Progress = Callable[[float, str], None]
+BLOCK_SIZE = 16
+
+# Batch sizes that are captured as graphs; other batches are padded to the next one.
+GRAPH_SIZES = (1, 2, 6, 10, 16, 20, 32, 40, 64, 80, 112, 128, 160, 208, 256)
+MAX_CONTEXT = 9216
+PREFILL_TOKENS = (320, 448, 640, 832, 1152, 1664, 2048, 3072, 4096, 6144, 8192)
+ROUNDS = 4
+
+
+def calibrate(
+    model: str, device: str, out: Path, *, resume: bool = False, progress: Progress | None = None, rounds: int = ROUNDS
+) -> Profile:
+    """Measure `model` on `device` (`cuda` or `cpu`), write the profile to `out` and return it.
+
+    What has been measured is kept in `out` with the suffix `.partial` while the calibration runs, so that an
+    interrupted one loses nothing; `resume` goes on from there.
+
+    Raises:
+        RunError: no such device, or a partial file of another model or machine.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("no CUDA device was found; calibrate on a machine with one, or use --device cpu")
+    shape = MODELS[model]
+    yardstick = host_yardstick_ns()
+    facts = provenance(device, f"batchsim calibrate --device {device} --model {model}")
+    settings = _settings(shape, device)
+    cells = plan(
+        kv_tokens=settings["num_kv_blocks"] * BLOCK_SIZE - 64 * BLOCK_SIZE,
+        sizes=settings["graph_sizes"],
+        max_context=settings["max_model_len"] - 256,
+        prefill_tokens=settings["prefill_tokens"],
+    )
+    partial = out.with_name(out.name + ".partial")
+    store = _Store(partial, {"model": model, "device": facts["device"]}, resume=resume)
+    decoder = build(
+        shape,
+        device=device,
+        num_kv_blocks=settings["num_kv_blocks"],
+        block_size=BLOCK_SIZE,
+        max_num_seqs=max(settings["graph_sizes"]),
+        max_num_batched_tokens=max(settings["prefill_tokens"]),
+        max_model_len=settings["max_model_len"],
+        graph_sizes=settings["graph_sizes"],
+    )
+    executors = {graphs: Executor(decoder, graphs=graphs) for graphs in (True, False)}
+    try:
+        for fraction, cell in store.pending(cells, rounds):
+            if progress is not None:
+                progress(fraction, cell.key)
+            batcher = cell.batcher(block_size=BLOCK_SIZE, num_kv_blocks=settings["num_kv_blocks"])
+            spans = executors[cell.graphs].run(SCHEDULES[cell.schedule](), batcher).spans
+            store.add(cell, read_samples(spans))
+    finally:
+        store.save()
+    measured = store.measured(cells)
+    profile = fit_profile(
+        measured,
+        name=out.stem,
+        model=model,
+        facts=facts,
+        device_memory_bytes=settings["device_memory_bytes"],
+        yardstick_ns=yardstick,
+        kernels=decoder.kernels,
+        copies=measure_copies() if device == "cuda" else [],
+    )
+    write_text(out, profile.model_dump_json(indent=1) + "\n")
+    partial.unlink(missing_ok=True)
+    return profile
+
+
+def _settings(shape: ModelShape, device: str) -> dict[str, Any]:
+    """Sizes that suit the model and the device."""
+    if device == "cpu":
+        memory = 2 << 30
+        return {
+            "graph_sizes": (1, 2, 4, 8),
+            "prefill_tokens": (64, 128, 256),
+            "max_model_len": 1024,
+            "num_kv_blocks": 640,
+            "device_memory_bytes": memory,
+        }
+    free, total = torch.cuda.mem_get_info()
+    weights = shape.parameters * shape.dtype_bytes
+    pool = (free - weights) * 0.8 - (6 << 30)
+    tokens = min(int(pool / shape.kv_bytes_per_token), 1_000_000)
+    return {
+        "graph_sizes": GRAPH_SIZES,
+        "prefill_tokens": PREFILL_TOKENS,
+        "max_model_len": MAX_CONTEXT + 256,
+        "num_kv_blocks": tokens // BLOCK_SIZE,
+        "device_memory_bytes": total,
+    }
+
+
+class _Store:
+    """Samples measured so far, saved now and then."""
+
+    SAVE_EVERY_S = 5.0
+
+    def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.identity = identity
+        self.runs: list[tuple[str, Samples]] = []
+        self._saved_s = time.monotonic()
+        if resume and path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["identity"] != identity:
+                raise RunError(f"{path}: was measured for {content['identity']}, not {identity}; remove it to start anew")
+            self.runs = [(key, samples) for key, samples in content["runs"]]
+
+    def pending(self, cells: list[Cell], rounds: int) -> Iterator[tuple[float, Cell]]:
+        """(fraction done, cell) for every run still to do; each round visits all cells in an order of its own."""
+        done: dict[str, int] = {}
+        for key, _ in self.runs:
+            done[key] = done.get(key, 0) + 1
+        for round_ in range(rounds):
+            order = sorted(cells, key=lambda cell: cell.key)
+            random.Random(round_).shuffle(order)
+            for i, cell in enumerate(order):
+                if done.get(cell.key, 0) > round_:
+                    continue
+                yield (round_ + i / len(order)) / rounds, cell
+
+    def add(self, cell: Cell, samples: Samples) -> None:
+        self.runs.append((cell.key, samples))
+        if time.monotonic() - self._saved_s > self.SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        write_json(self.path, {"identity": self.identity, "runs": self.runs})
+        self._saved_s = time.monotonic()
+
+    def measured(self, cells: list[Cell]) -> dict[Cell, Samples]:
+        by_key: dict[str, Samples] = {}
+        for key, samples in self.runs:
+            merged = by_key.setdefault(key, {})
+            for stage, values in samples.items():
+                merged.setdefault(stage, []).extend(values)
+        return {cell: by_key[cell.key] for cell in cells if cell.key in by_key}
+
+

@@ -1,0 +1,252 @@
+"""From the samples of the cells to a profile's fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares, nnls
+
+from batchsim.profile import DecodeCurve, DeviceFit, KernelCounts, LoopFit, PhaseFit, PrefillFit, Profile, forward_ns
+from batchsim.schedules import SCHEDULES
+from calibration.cells import Cell, Samples
+
+Measured = Mapping[Cell, Samples]
+Floats = NDArray[np.float64]
+
+BINS = 64
+# A sample this many interquartile ranges above its cell's median is an interruption by another program: counted,
+# and left out of fits and draws.
+OUTLIER_RANGES = 20.0
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+LOOP_PHASES = ("schedule", "build_inputs", "copy_in", "copy_out", "record", "stream_wait", "update")
+# Prompts are measured in the sync loop alone, where every step holds nothing else; what they add to these phases is
+# taken from there.
+PROMPT_PHASES = ("schedule", "build_inputs", "update")
+
+
+def split_outliers(samples: Sequence[float]) -> tuple[Floats, Floats]:
+    """(kept, outliers), nanoseconds; the bound is at least twice the median."""
+    values = np.asarray(samples, dtype=np.float64)
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    bound = max(middle + OUTLIER_RANGES * (high - low), 2 * middle)
+    return values[values <= bound], values[values > bound]
+
+
+def bin_means(ratios: Floats, bins: int = BINS) -> list[float]:
+    """Means of equal-count bins of the sorted ratios: a compact distribution with the same mean."""
+    parts = np.array_split(np.sort(ratios), min(bins, len(ratios)))
+    # Bins of unequal counts would shift the mean by a little; scale that away.
+    means = np.array([part.mean() for part in parts])
+    return [round(float(m), 5) for m in means * (ratios.mean() / means.mean())]
+
+
+def fit_phase(cells: Iterable[tuple[Cell, Sequence[float]]], *, per_batch: bool = True) -> PhaseFit:
+    """Non-negative least squares of the cells' means, in relative terms, over what the batch holds.
+
+    With `per_batch` off, the cost is the same for every batch.
+    """
+    kept: list[tuple[Cell, Floats]] = []
+    outliers: list[float] = []
+    for cell, samples in cells:
+        good, bad = split_outliers(samples)
+        kept.append((cell, good))
+        outliers.extend(bad)
+    rows = np.array([_features(cell) if per_batch else [1.0, 0.0, 0.0, 0.0] for cell, _ in kept])
+    means = np.array([good.mean() for _, good in kept])
+    terms, _ = nnls(rows / means[:, None], np.ones(len(means)))
+    fitted = rows @ terms
+    ratios = np.concatenate([good / max(f, 1.0) for (_, good), f in zip(kept, fitted, strict=True)])
+    return PhaseFit(
+        step_ns=round(float(terms[0]), 1),
+        seq_ns=round(float(terms[1]), 3),
+        prefill_token_ns=round(float(terms[2]), 4),
+        admitted_ns=round(float(terms[3]), 2),
+        ratios=bin_means(ratios),
+        samples=len(ratios),
+        outliers=len(outliers),
+        outlier_ns=float(sum(outliers)),
+        residuals={c.key: round(float(f / m - 1), 4) for (c, _), f, m in zip(kept, fitted, means, strict=True)},
+    )
+
+
+def _features(cell: Cell) -> list[float]:
+    if cell.chunk:
+        return [1.0, cell.num_seqs, cell.num_tokens, cell.num_seqs]
+    return [1.0, cell.num_seqs, 0.0, 0.0]
+
+
+def fit_loop(measured: Measured, schedule: str, *, graphs: bool, kernels: int, like: LoopFit | None = None) -> LoopFit:
+    """Host phases and fixed delays of one loop.
+
+    `kernels` is the number of launches of an eager forward. A delay that this loop never shows (a busy device
+    hides the launch latency, an idle one the gap) is taken from the loop `like`.
+    """
+    own = {c: s for c, s in measured.items() if c.schedule == schedule and c.graphs == graphs and not c.chunk}
+    prefill = {c: s for c, s in measured.items() if c.chunk}
+    phases = {}
+    for phase in (*LOOP_PHASES, "wait"):
+        cells = [(c, s[phase]) for c, s in own.items() if s.get(phase)]
+        if phase in PROMPT_PHASES and like is None:
+            cells += [(c, s[phase]) for c, s in prefill.items() if s.get(phase)]
+        phases[phase] = fit_phase(cells) if cells else _nothing()
+        if phase in PROMPT_PHASES and like is not None:
+            sync = like.phases[phase]
+            added = {"prefill_token_ns": sync.prefill_token_ns, "admitted_ns": sync.admitted_ns}
+            phases[phase] = phases[phase].model_copy(update=added)
+    launches = [(c, s["launch"]) for c, s in own.items()]
+    if graphs:
+        phases["launch"] = fit_phase(launches)
+        eager = {c: s for c, s in measured.items() if c.schedule == schedule and not c.graphs and not c.chunk}
+        launches = [(c, s["launch"]) for c, s in eager.items()]
+    per_kernel = [(cell, [ns / kernels for ns in samples]) for cell, samples in launches]
+    gap = _median(own, "gap", like.gap_ns if like else 0)
+    copy_in = _median(own, "device_copy_in", like.copy_in_device_ns if like else 0)
+    copy_out = _median(own, "device_copy_out", like.copy_out_device_ns if like else 0)
+    return LoopFit(
+        phases=phases,
+        kernel_launch=fit_phase(per_kernel, per_batch=False),
+        launch_ns=_median(own, "launch_latency", like.launch_ns if like else 0),
+        copy_ns=max(_median(own, "copy_latency", like.copy_ns if like else 0), 0),
+        # On one stream the copy out follows the forward after a gap, on two after an event: the same pause.
+        event_ns=gap,
+        gap_ns=gap,
+        wake_up_ns=max(_median(own, "collect", 0) - copy_out - gap, 0),
+        copy_in_device_ns=copy_in,
+        copy_out_device_ns=copy_out,
+    )
+
+
+def _nothing() -> PhaseFit:
+    """A phase that this loop does not have."""
+    return PhaseFit(step_ns=0.0, ratios=[1.0], samples=1, outliers=0, outlier_ns=0.0, residuals={})
+
+
+def _median(cells: Measured, stage: str, default: int) -> int:
+    """Median over the cells of each cell's median, so that no cell counts more for having more samples."""
+    medians = [float(np.median(s[stage])) for s in cells.values() if s.get(stage)]
+    return round(float(np.median(medians))) if medians else default
+
+
+def fit_device(measured: Measured, schedule: str, kernels: KernelCounts) -> DeviceFit:
+    """Device times of one schedule's forwards; prompts as measured in the sync loop."""
+    decode = [(c, split_outliers(s["decode"])[0]) for c, s in measured.items() if _is(c, schedule, graphs=True)]
+    sizes = sorted({cell.num_seqs for cell, _ in decode})
+    curves = []
+    for size in sizes:
+        points = sorted((c.kv_tokens, float(np.median(v))) for c, v in decode if c.num_seqs == size)
+        curves.append(DecodeCurve(size=size, kv_tokens=[x for x, _ in points], ns=[round(y, 1) for _, y in points]))
+    by_size = {curve.size: curve for curve in curves}
+    eager = [(s, by_size[c.num_seqs].at(c.kv_tokens)) for c, s in measured.items() if _is(c, schedule, graphs=False)]
+    eager_factor, outer_share = _fit_eager(eager, kernels)
+    prefill_fit, prefill_ratios = _fit_prefill(measured, curves)
+    return DeviceFit(
+        decode=curves,
+        prefill=prefill_fit,
+        eager_factor=eager_factor,
+        outer_share=outer_share,
+        decode_ratios=bin_means(np.concatenate([v / np.median(v) for _, v in decode])),
+        prefill_ratios=prefill_ratios,
+    )
+
+
+def _fit_eager(eager: Sequence[tuple[Samples, float]], kernels: KernelCounts) -> tuple[float, float]:
+    """(factor on the graph's kernel time, share of it outside the layers) of forwards launched kernel by kernel.
+
+    Where the device is the bottleneck the forwards' lengths tell the factor; where the host is, a forward ends
+    one LM head after its last launch, which tells the share. Where all cells are bound by the host the factor
+    hardly shows, and a weak prior keeps it near 1.
+    """
+    spans = [(float(np.median(s["decode"])), float(np.median(s["launch"])), kernel_ns) for s, kernel_ns in eager]
+
+    def residuals(terms: Floats) -> list[float]:
+        factor, share = terms
+        errors = [
+            forward_ns(kernels.bursts(launch_ns / kernels.total, kernel_ns * factor, share)) / span_ns - 1
+            for span_ns, launch_ns, kernel_ns in spans
+        ]
+        return [*errors, 0.003 * (factor - 1)]
+
+    terms = least_squares(residuals, (1.0, 0.1), bounds=((0.8, 0.0), (2.0, 0.6)), diff_step=1e-3).x
+    return round(float(terms[0]), 4), round(float(terms[1]), 4)
+
+
+def _is(cell: Cell, schedule: str, *, graphs: bool) -> bool:
+    return cell.schedule == schedule and cell.graphs == graphs and not cell.chunk
+
+
+def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve]) -> tuple[PrefillFit, list[float]]:
+    """A base time for every number of tokens measured and one slope in the attention pairs, by least squares.
+
+    Forwards of few tokens are bound by launches; their kernel time is that of a decode of as many rows with
+    next to no context, as the graphs measured it.
+    """
+    cells = [(c, split_outliers(s["prefill"])[0]) for c, s in measured.items() if c.chunk]
+    counts = sorted({cell.num_tokens for cell, _ in cells})
+    rows = np.zeros((len(cells), len(counts) + 1))
+    times = np.array([np.median(values) for _, values in cells])
+    for i, (cell, _) in enumerate(cells):
+        rows[i, counts.index(cell.num_tokens)] = 1.0
+        rows[i, -1] = cell.pairs
+    terms, _ = nnls(rows / times[:, None], np.ones(len(times)))
+    fitted = rows @ terms
+    base = {curve.size: curve.at(0) for curve in curves if curve.size < counts[0]}
+    base |= {count: float(term) for count, term in zip(counts, terms, strict=False)}
+    ratios = np.concatenate([v / f for (_, v), f in zip(cells, fitted, strict=True)])
+    fit = PrefillFit(
+        num_tokens=sorted(base),
+        ns=[round(base[n], 1) for n in sorted(base)],
+        pair_ns=float(terms[-1]),
+        residuals={c.key: round(float(f / t - 1), 4) for (c, _), f, t in zip(cells, fitted, times, strict=True)},
+    )
+    return fit, bin_means(ratios)
+
+
+def fit_profile(
+    measured: Measured,
+    *,
+    name: str,
+    model: str,
+    facts: dict[str, Any],
+    device_memory_bytes: int,
+    yardstick_ns: float,
+    kernels: KernelCounts,
+    copies: list[dict[str, Any]],
+) -> Profile:
+    """Fit everything a profile holds to the samples of the cells."""
+    loops: dict[str, Any] = {}
+    for schedule in SCHEDULES:
+        for graphs in (True, False):
+            like = loops.get(f"sync/{'graph' if graphs else 'eager'}")
+            loop = fit_loop(measured, schedule, graphs=graphs, kernels=kernels.total, like=like)
+            loops[f"{schedule}/{'graph' if graphs else 'eager'}"] = loop
+    return Profile(
+        schema_version=1,
+        kind="profile",
+        name=name,
+        model=model,
+        provenance=facts,
+        device_memory_bytes=device_memory_bytes,
+        host_yardstick_ns=yardstick_ns,
+        kernels=kernels,
+        loops=loops,
+        device={schedule: fit_device(measured, schedule, kernels) for schedule in SCHEDULES},
+        copies=copies,
+        cells=[_summary(cell, samples) for cell, samples in measured.items()],
+    )
+
+
+def _summary(cell: Cell, samples: Samples) -> dict[str, Any]:
+    """A cell as a profile keeps it: quantiles and counts of each stage."""
+    stages = {}
+    for stage, values in sorted(samples.items()):
+        kept, outliers = split_outliers(values)
+        stages[stage] = {
+            "quantiles_ns": [round(float(q)) for q in np.quantile(kept, QUANTILES)],
+            "mean_ns": round(float(kept.mean())),
+            "count": len(values),
+            "outliers": len(outliers),
+        }
+    return {"cell": cell.key, "stages": stages}

@@ -1,0 +1,151 @@
+"""Runs to show and to check: an 8B model at batch 32, sync with idle gaps and async without.
+
+The spans come from the real schedules, driven by a machine so plain that its times can be worked out by hand:
+fixed costs, in-order streams, no latencies but those named below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchsim.batching.continuous import Batch
+from batchsim.operations import (
+    CopyIn,
+    CopyOut,
+    Forward,
+    Record,
+    Schedule,
+    StreamWait,
+    Synchronize,
+)
+from batchsim.records import Lane, Span
+from batchsim.result import Run, ScheduleResult
+from batchsim.schedules import SCHEDULES
+
+STEPS = 1_024
+SHOWN = 6
+LAUNCH_LATENCY_NS = 15_400
+WAKE_UP_NS = 7_900
+
+HOST_NS = {
+    "sync": {"schedule": 61_250, "build_inputs": 318_400, "copy_in": 14_130, "launch": 38_700, "copy_out": 9_870,
+             "record": 3_310, "update": 142_600},
+    "async": {"schedule": 66_180, "build_inputs": 334_900, "copy_in": 14_700, "launch": 39_250, "copy_out": 10_040,
+              "record": 3_420, "stream_wait": 3_050, "update": 147_300},
+}  # fmt: skip
+DEVICE_NS = {"copy_in": 12_320, "decode": 6_371_000, "copy_out": 3_140}
+
+
+def sample_runs() -> tuple[Run, Run]:
+    """A prediction, and an execution that is a little off."""
+    return _run("simulated", 1.0, 1.0), _run("executed", 1.043, 1.006)
+
+
+def spans_of(schedule: str, steps: int, host: float = 1.0, device: float = 1.0) -> list[Span]:
+    """All spans of a run of `steps` decode steps, in which host and device take so many times their usual time."""
+    host_ns = {phase: round(ns * host) for phase, ns in HOST_NS[schedule].items()}
+    device_ns = {stage: round(ns * device) for stage, ns in DEVICE_NS.items()}
+    spans: list[Span] = []
+    free_ns = {"compute": 0, "copy_in": 0, "copy_out": 0}
+    event_ns: dict[str, int] = {}
+    now, decided = 0, 0
+    program = SCHEDULES[schedule]()
+    operation = next(program)
+    while True:
+        answer: Batch | None = None
+        step = -1
+        if isinstance(operation, Schedule):
+            if decided < steps:
+                answer = Batch(decided, (), 32, 0, 0)
+                step, decided = decided, decided + 1
+        elif not isinstance(operation, Record | StreamWait):
+            step = operation.batch.index
+        if isinstance(operation, Synchronize):
+            end = max(now, event_ns[operation.event]) + WAKE_UP_NS
+        else:
+            end = now + host_ns[operation.phase]
+        spans.append(Span(step, "host", operation.phase, now, end))
+        if isinstance(operation, Forward | CopyIn | CopyOut):
+            lane: Lane = "compute" if isinstance(operation, Forward) else operation.phase  # type: ignore[assignment]
+            stage = "decode" if isinstance(operation, Forward) else operation.phase
+            stream = "compute" if isinstance(operation, Forward) else operation.stream
+            start = max(free_ns[stream] + 900, now + LAUNCH_LATENCY_NS)
+            free_ns[stream] = start + device_ns[stage]
+            spans.append(Span(step, lane, stage, start, free_ns[stream]))
+        elif isinstance(operation, Record):
+            event_ns[operation.event] = free_ns[operation.stream]
+        elif isinstance(operation, StreamWait):
+            free_ns[operation.stream] = max(free_ns[operation.stream], event_ns[operation.event])
+        now = end
+        try:
+            operation = program.send(answer)
+        except StopIteration:
+            return spans
+
+
+def window(spans: list[Span]) -> tuple[Span, ...]:
+    """The spans that overlap the time from one decision in the middle of the run to another `SHOWN` steps later."""
+    decisions = [span.start_ns for span in spans if span.lane == "host" and span.stage == "schedule"]
+    middle = len(decisions) // 2
+    start, end = decisions[middle], decisions[middle + SHOWN]
+    return tuple(span for span in spans if span.start_ns < end and span.end_ns > start)
+
+
+def _run(source: str, host: float, device: float) -> Run:
+    results: dict[str, ScheduleResult] = {}
+    windows: dict[str, tuple[Span, ...]] = {}
+    for schedule in ("sync", "async"):
+        spans = spans_of(schedule, STEPS, host, device)
+        windows[schedule] = window(spans)
+        results[schedule] = _result(schedule, spans, results.get("sync"))
+    provenance: dict[str, Any] = {"device": "NVIDIA H200", "driver": "580.95.05", "torch": "2.13.0"}
+    if source == "simulated":
+        provenance = {"profile": "h200_llama-3.1-8b", **provenance, "measured_on": "2026-01-30"}
+    scenario = {
+        "name": "async_8b_h200",
+        "model": "llama-3.1-8b",
+        "workload": {"kind": "fixed", "num_prompts": 32, "input_len": 256, "output_len": STEPS},
+        "cuda_graphs": True,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 8192,
+        "schedules": ["sync", "async"],
+        "seed": 0,
+    }
+    return Run(source, scenario, results, windows, provenance)  # type: ignore[arg-type]
+
+
+def _result(schedule: str, spans: list[Span], sync: ScheduleResult | None) -> ScheduleResult:
+    total_ns = max(span.end_ns for span in spans)
+    busy_ns = sum(span.duration_ns for span in spans if span.lane == "compute")
+    waits_ns = sum(span.duration_ns for span in spans if span.stage == "wait")
+    throughput = 32 * STEPS / (total_ns / 1e9)
+    step_ms = total_ns / 1e6 / STEPS
+    stages: dict[str, float] = {}
+    for span in spans:
+        stage = f"device_{span.stage}" if span.lane in ("copy_in", "copy_out") else span.stage
+        stages[stage] = stages.get(stage, 0.0) + span.duration_ns / 1e6 / STEPS
+    warnings = ("device step: context 1,280 lies outside the profile's range (64 to 1,024): extrapolated",)
+    return ScheduleResult(
+        schedule=schedule,
+        throughput_tokens_per_s=throughput,
+        total_s=total_ns / 1e9,
+        step_ms={"mean": step_ms, "p50": step_ms * 0.998, "p95": step_ms * 1.021, "p99": step_ms * 1.034},
+        device_busy_fraction=busy_ns / total_ns,
+        launch_gap_fraction=0.0,
+        host_busy_fraction=1 - waits_ns / total_ns,
+        idle_ns=_idle_ns(schedule, stages, total_ns - busy_ns),
+        stage_ms=stages,
+        counts={"requests": 32, "steps": STEPS, "output_tokens": 32 * STEPS},
+        gain_over_sync=throughput / sync.throughput_tokens_per_s - 1 if sync else None,
+        warnings=warnings,
+    )
+
+
+def _idle_ns(schedule: str, stages: Mapping[str, float], idle_ns: int) -> dict[str, int]:
+    """The idle time by stage: in sync what the host does between two forwards, in async what starts the run."""
+    awaited = ("build_inputs", "update", "schedule", "device_copy_in") if schedule == "sync" else ("build_inputs",)
+    times = STEPS if schedule == "sync" else 1
+    by_stage = {stage: round(stages[stage] * 1e6 * times) for stage in awaited}
+    by_stage["launch_latency"] = idle_ns - sum(by_stage.values())
+    return by_stage
