@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,9 +20,15 @@ from batchsim import __version__
 from batchsim.errors import InputError, RunError, shown
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from batchsim.profile import Profile
     from batchsim.result import Run
     from batchsim.scenario import Scenario
+
+    class Tell(Protocol):
+        def __call__(self, fraction: float, what: str = ...) -> None: ...
+
 
 FAILED, REFUSED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
@@ -60,13 +66,19 @@ def main() -> None:
     app(prog_name="batchsim")
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
-) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         typer.echo(f"batchsim {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -207,8 +219,8 @@ def _blame(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[Callable[[float], None] | None]:
-    """A bar on a terminal's stderr, told the fraction done; None where stderr is no terminal."""
+def _progress(label: str) -> Iterator[Tell | None]:
+    """A bar on a terminal's stderr, told the fraction done and perhaps at what; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -218,7 +230,11 @@ def _progress(label: str) -> Iterator[Callable[[float], None] | None]:
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(label), total=1.0)
-        yield lambda fraction: bar.update(task, completed=fraction)
+
+        def tell(fraction: float, what: str = label) -> None:
+            bar.update(task, completed=fraction, description=escape(what))
+
+        yield tell
 
 
 def _read(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from batchsim import __version__
 from batchsim.batching.continuous import ContinuousBatcher, Request, uniform_requests
-from batchsim.errors import RunError
+from batchsim.errors import InputError, RunError
 from batchsim.machine import SimulatedMachine
 from batchsim.metrics import Metrics
 from batchsim.profile import Profile, ProfileCosts
@@ -75,6 +75,8 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
         InputError: the scenario cannot run on the profile's machine.
         RunError: the profile lacks a loop that the scenario asks for.
     """
+    if profile.model != scenario.model:
+        raise InputError(None, "profile", f"{profile.name}, measured for {profile.model}", f"one for {scenario.model}")
     check_memory(scenario, profile.device_memory_bytes)
     results: dict[str, ScheduleResult] = {}
     windows: dict[str, tuple[Span, ...]] = {}
@@ -105,8 +107,7 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
         )
         total_ns = machine.run(SCHEDULES[schedule]())
         result = metrics.result(schedule, total_ns, batcher)
-        warnings = tuple(f"{schedule}: {what} lies outside the measured range" for what in sorted(costs.extrapolated))
-        results[schedule] = replace(result, warnings=warnings)
+        results[schedule] = replace(result, warnings=tuple(f"{schedule}: {what}" for what in costs.extrapolated()))
         windows[schedule] = window.spans()
     return Run(
         source="simulated",

@@ -17,7 +17,7 @@ import simpy
 
 from batchsim.batching.continuous import Batch, ContinuousBatcher
 from batchsim.operations import (
-    BuildInputs, CopyIn, CopyOut, Forward, Operation, Program, Record, Schedule, StreamWait, Synchronize, Update,
+    CopyIn, CopyOut, Forward, Program, Record, Schedule, StreamWait, Synchronize, Update,
 )  # fmt: skip
 from batchsim.records import Lane, Observer, Span
 
@@ -121,6 +121,7 @@ class SimulatedMachine:
         return int(self.env.now)
 
     def _drive(self, program: Program) -> Process:
+        env, costs, observe = self.env, self.costs, self.observe
         thread = self._threads.request()
         yield thread
         answer: Batch | None = None
@@ -130,49 +131,47 @@ class SimulatedMachine:
             except StopIteration:
                 break
             answer = None
-            if isinstance(operation, Synchronize):
+            kind = type(operation)
+            if kind is Synchronize:
                 thread = yield from self._synchronize(operation, thread)
-            elif isinstance(operation, Forward):
+                continue
+            if kind is Forward:
                 yield from self._launch(operation)
-            elif isinstance(operation, Schedule):
-                answer = self.batcher.schedule()
-                yield from self._spend(operation, answer)
+                continue
+            if kind is Schedule:
+                batch = answer = self.batcher.schedule()
             else:
-                if isinstance(operation, Update):
+                batch = getattr(operation, "batch", None)
+                if kind is Update:
                     self.batcher.update(operation.batch)
-                elif not isinstance(operation, BuildInputs):
-                    yield from self._enqueue(operation)
-                yield from self._spend(operation, getattr(operation, "batch", None))
+                elif kind is CopyIn or kind is CopyOut:
+                    yield from self._copy(operation)
+                elif kind is Record:
+                    event = self._events[operation.event] = env.event()
+                    self._streams[operation.stream].push(_Command(signal=event))
+                elif kind is StreamWait:
+                    self._streams[operation.stream].push(_Command(wait=self._events[operation.event]))
+            cost = costs.host_ns(operation.phase, batch)
+            now = env.now
+            observe(Span(-1 if batch is None else batch.index, "host", operation.phase, now, now + cost))
+            if cost:
+                yield env.timeout(cost)
         self._threads.release(thread)
 
-    def _spend(self, operation: Operation, batch: Batch | None) -> Process:
-        """Keep the host busy for the operation's phase."""
-        start = self.env.now
-        cost = self.costs.host_ns(operation.phase, batch)
-        self.observe(Span(-1 if batch is None else batch.index, "host", operation.phase, start, start + cost))
-        if cost:
-            yield self.env.timeout(cost)
-
-    def _enqueue(self, operation: CopyIn | CopyOut | Record | StreamWait) -> Process:
-        stream = self._streams[operation.stream]
-        if isinstance(operation, Record):
-            event = self._events[operation.event] = self.env.event()
-            command = _Command(signal=event)
-        elif isinstance(operation, StreamWait):
-            command = _Command(wait=self._events[operation.event])
-        else:
-            phase = operation.phase
-            command = _Command(
+    def _copy(self, operation: CopyIn | CopyOut) -> Process:
+        phase, batch = operation.phase, operation.batch
+        yield from self._take_places(1, batch.index)
+        self._streams[operation.stream].push(
+            _Command(
                 ready_ns=self.env.now + self.costs.latencies.copy_ns,
-                duration_ns=self.costs.copy_ns(phase, operation.batch),
+                duration_ns=self.costs.copy_ns(phase, batch),
                 places=1,
                 engine=self._engines[phase],
                 lane="copy_in" if phase == "copy_in" else "copy_out",
                 stage=phase,
-                step=operation.batch.index,
+                step=batch.index,
             )
-            yield from self._take_places(1, operation.batch.index)
-        stream.push(command)
+        )
 
     def _launch(self, operation: Forward) -> Process:
         batch = operation.batch
@@ -259,7 +258,7 @@ class _Stream:
                 yield self._more
             command = self.commands.popleft()
             if command.wait is not None:
-                if not command.wait.processed:
+                if not command.wait.triggered:
                     yield command.wait
                     yield env.timeout(self.machine.costs.latencies.event_ns)
             elif command.signal is not None:

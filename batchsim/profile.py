@@ -117,26 +117,34 @@ class DeviceFit(_Model):
 
 
 class KernelCounts(_Model):
-    """Launches of a forward without graphs: before the layers, in each layer, and after them."""
+    """Launches of a forward without graphs: before the layers, in each layer, and after them.
+
+    Up to `split_rows` decoding rows each layer has one launch more: attention split over the context, and the sum.
+    """
 
     first: PositiveInt
     layers: PositiveInt
     per_layer: PositiveInt
     last: PositiveInt
+    split_rows: int
 
-    @property
-    def total(self) -> int:
-        return self.first + self.layers * self.per_layer + self.last
+    def total(self, decode_rows: int) -> int:
+        """Launches of a forward that decodes `decode_rows` rows, padding included; 0: it only prefills."""
+        return self.first + self.layers * self._in_layer(decode_rows) + self.last
 
-    def bursts(self, launch_ns: float, device_ns: float, outer_share: float) -> tuple[Burst, ...]:
+    def bursts(self, decode_rows: int, launch_ns: float, device_ns: float, outer_share: float) -> tuple[Burst, ...]:
         """A forward of `device_ns` kernel time, each launch taking the host `launch_ns`.
 
         The layers' kernels share their part evenly; the first after the layers, the LM head, takes the rest.
         """
-        host, each = round(launch_ns), round(device_ns * (1 - outer_share) / (self.layers * self.per_layer))
-        layer = Burst((host,) * self.per_layer, (each,) * self.per_layer)
+        count = self._in_layer(decode_rows)
+        host, each = round(launch_ns), round(device_ns * (1 - outer_share) / (self.layers * count))
+        layer = Burst((host,) * count, (each,) * count)
         last = Burst((host,) * self.last, (round(device_ns * outer_share), *(0,) * (self.last - 1)))
         return (Burst((host,) * self.first, (0,) * self.first), *(layer,) * self.layers, last)
+
+    def _in_layer(self, decode_rows: int) -> int:
+        return self.per_layer + (0 < decode_rows <= self.split_rows)
 
 
 def forward_ns(bursts: Sequence[Burst]) -> int:
@@ -225,8 +233,7 @@ class ProfileCosts:
     """The costs of one loop of a profile, for the simulated machine.
 
     `host_speed` is the speed of one host thread relative to the profile's machine. With `jitter` every step
-    draws its costs from the measured distribution; without, it pays their means. `extrapolated` names what was
-    asked for outside the measured range.
+    draws its costs from the measured distribution; without, it pays their means.
     """
 
     def __init__(
@@ -243,7 +250,7 @@ class ProfileCosts:
         self.loop = profile.loops[f"{schedule}/{'graph' if graphs else 'eager'}"]
         self.device = profile.device[schedule]
         self.graphs = graphs
-        self.extrapolated: set[str] = set()
+        self._extrapolated: dict[str, tuple[int, int]] = {}
         self._scale = 1 / host_speed
         self._jitter = jitter
         self._streams = {"seed": seed, "replication": replication}
@@ -271,24 +278,28 @@ class ProfileCosts:
         if self.graphs and not batch.prefill_tokens:
             host_ns = self._host_time("launch", self.loop.phases["launch"], batch)
             return (Burst((host_ns,), (self.decode_ns(batch),)),)
-        device_ns = self.prefill_ns(batch) if batch.prefill_tokens else self.decode_ns(batch) * self.device.eager_factor
         launch_ns = self._host_time("kernel_launch", self.loop.kernel_launch, None)
-        # With prompt tokens the LM head, over the sampled rows alone, is next to nothing.
-        return self._kernels.bursts(launch_ns, device_ns, 0.0 if batch.prefill_tokens else self.device.outer_share)
+        if batch.prefill_tokens:
+            # The LM head, over the sampled rows alone, is next to nothing beside the prompts' tokens.
+            rows = batch.num_seqs if batch.kv_tokens else 0
+            return self._kernels.bursts(rows, launch_ns, self.prefill_ns(batch), 0.0)
+        device_ns = self.decode_ns(batch) * self.device.eager_factor
+        return self._kernels.bursts(self._curve(batch.num_seqs).size, launch_ns, device_ns, self.device.outer_share)
 
     def decode_ns(self, batch: Batch) -> int:
         """Device time of a decode forward, nanoseconds."""
         curve = self._curve(batch.num_seqs)
         kv_tokens = batch.kv_tokens
-        if not curve.kv_tokens[0] * 0.5 <= kv_tokens <= curve.kv_tokens[-1] * 1.1:
-            self.extrapolated.add(f"decode of {curve.size} rows over {kv_tokens} tokens of context")
+        low, high = curve.kv_tokens[0], curve.kv_tokens[-1]
+        if not low * 0.5 <= kv_tokens <= high * 1.02:
+            self._note(f"decode of {curve.size} rows (measured up to {high} tokens of context in all)", kv_tokens)
         return round(curve.at(kv_tokens) * self._ratio("decode", self.device.decode_ratios))
 
     def prefill_ns(self, batch: Batch) -> int:
         """Device time of a forward with prompt tokens, nanoseconds."""
         fit = self.device.prefill
         if batch.num_tokens > fit.num_tokens[-1]:
-            self.extrapolated.add(f"prefill of {batch.num_tokens} tokens")
+            self._note(f"prefill (measured up to {fit.num_tokens[-1]} tokens)", batch.num_tokens)
         ns = fit.at(batch.num_tokens, batch.prefill_pairs)
         if batch.kv_tokens:
             ns += self._curve(batch.num_seqs).slope() * batch.kv_tokens
@@ -298,8 +309,16 @@ class ProfileCosts:
         for curve in self.device.decode:
             if curve.size >= num_seqs:
                 return curve
-        self.extrapolated.add(f"decode of {num_seqs} rows")
+        self._note(f"decode (measured up to {self.device.decode[-1].size} rows)", num_seqs)
         return self.device.decode[-1]
+
+    def extrapolated(self) -> list[str]:
+        """What was asked for outside the measured range, a sentence each; empty where nothing was."""
+        return [f"{what}: extrapolated to {low}..{high}" for what, (low, high) in sorted(self._extrapolated.items())]
+
+    def _note(self, what: str, value: int) -> None:
+        low, high = self._extrapolated.get(what, (value, value))
+        self._extrapolated[what] = min(low, value), max(high, value)
 
     def _ratio(self, name: str, ratios: Sequence[float]) -> float:
         if not self._jitter:

@@ -74,7 +74,8 @@ class Refusals:
         ]
         # A key that is missing only because it is misspelt is told once.
         meant = {problem.wanted for kind, problem in problems if kind == "extra_forbidden"}
-        return InputError.all_of(p for kind, p in problems if kind != "missing" or p.key not in meant)
+        told = [problem for kind, problem in problems if kind != "missing" or problem.key not in meant]
+        return InputError.all_of(sorted(told, key=lambda problem: problem.line or 0))
 
     def _problem(
         self, detail: ErrorDetails, document: Document, file: str, overrides: tuple[Override, ...]
@@ -150,7 +151,7 @@ class Refusals:
 def _told(error: ValidationError) -> list[ErrorDetails]:
     """The errors worth telling: not what follows from a wrong `kind`, nor from a wrong entry for its list."""
     details = error.errors(include_url=False)
-    kinds = [detail["loc"] for detail in details if detail["loc"][-1:] == ("kind",)]
+    kinds = [d["loc"] for d in details if d["loc"][-1:] == ("kind",) and d["type"] == "literal_error"]
     details = [d for d in details if d["loc"] in kinds or not any(_within(d["loc"], kind[:-1]) for kind in kinds)]
     entries = [detail["loc"][:-1] for detail in details if detail["loc"] and isinstance(detail["loc"][-1], int)]
     return [detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in entries]

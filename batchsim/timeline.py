@@ -124,7 +124,7 @@ class _Group:
         """One `ProfilerStep#N` around each turn of the serving loop, which begins by scheduling batch N."""
         host = [span for span in self.spans if span.lane == "host"]
         starts = [i for i, span in enumerate(host) if span.stage == Schedule.phase]
-        for first, after in zip(starts, [*starts[1:], len(host)], strict=True):
+        for first, after in zip(starts, [*starts[1:], len(host)], strict=False):
             if host[first].step >= 0:
                 begin, end = host[first].start_ns, max(span.end_ns for span in host[first:after])
                 name = f"ProfilerStep#{host[first].step}"

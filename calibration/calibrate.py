@@ -18,11 +18,11 @@ import torch
 from batchsim.errors import RunError
 from batchsim.files import write_json, write_text
 from batchsim.model import MODELS, ModelShape
-from batchsim.profile import Profile
+from batchsim.profile import KernelCounts, Profile
 from batchsim.schedules import SCHEDULES
 from calibration.cells import Cell, Samples, plan, read_samples
 from calibration.copies import measure_copies
-from calibration.executor import Executor, build
+from calibration.executor import Decoder, Executor, build
 from calibration.fit import fit_profile
 from calibration.provenance import host_yardstick_ns, provenance
 
@@ -61,9 +61,9 @@ def calibrate(
     )
     partial = out.with_name(out.name + ".partial")
     store = _Store(partial, {"model": model, "device": facts["device"]}, resume=resume)
-    decoder = build(
+    executor = build(
         shape,
-        device=device,
+        device,
         num_kv_blocks=settings["num_kv_blocks"],
         block_size=BLOCK_SIZE,
         max_num_seqs=max(settings["graph_sizes"]),
@@ -71,7 +71,7 @@ def calibrate(
         max_model_len=settings["max_model_len"],
         graph_sizes=settings["graph_sizes"],
     )
-    executors = {graphs: Executor(decoder, graphs=graphs) for graphs in (True, False)}
+    executors = {True: executor, False: Executor(executor.decoder, graphs=False)}
     try:
         for fraction, cell in store.pending(cells, rounds):
             if progress is not None:
@@ -89,12 +89,25 @@ def calibrate(
         facts=facts,
         device_memory_bytes=settings["device_memory_bytes"],
         yardstick_ns=yardstick,
-        kernels=decoder.kernels,
+        kernels=kernel_counts(executor.decoder),
         copies=measure_copies() if device == "cuda" else [],
     )
     write_text(out, profile.model_dump_json(indent=1) + "\n")
     partial.unlink(missing_ok=True)
     return profile
+
+
+def kernel_counts(decoder: Decoder) -> KernelCounts:
+    """The launches of a forward as the decoder counts them, in the form that a profile keeps."""
+    layers = decoder.shape.num_layers
+    first, last = 1, 3  # the inputs' kernel; LM head, argmax and stamp
+    return KernelCounts(
+        first=first,
+        layers=layers,
+        per_layer=(decoder.kernels_per_forward["decode_whole"] - first - last) // layers,
+        last=last,
+        split_rows=max((size for size in decoder.graph_sizes if decoder.splits(size) > 1), default=0),
+    )
 
 
 def _settings(shape: ModelShape, device: str) -> dict[str, Any]:

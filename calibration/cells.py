@@ -140,13 +140,13 @@ def plan(*, kv_tokens: int, sizes: tuple[int, ...], max_context: int, prefill_to
             longest = min(max_context, kv_tokens // size - 64)
             contexts = [round(MIN_CONTEXT + share * (longest - MIN_CONTEXT)) for share in CONTEXT_SHARES]
             cells += [Cell(schedule, True, size, context) for context in contexts]
-            if size in sizes[1::3]:
+            if size in sizes[::3]:
                 cells += [Cell(schedule, False, size, contexts[i]) for i in (1, 3)]
     for tokens in prefill_tokens:
         # Whole prompts of 64 to 256 tokens, and a chunk of one long prompt: the two give attention's share.
         short = next(n for n in (256, 128, 64) if tokens % n == 0)
         cells += [
             Cell("sync", False, tokens // short, 0, chunk=short, steps=10),
-            Cell("sync", False, 1, max_context // 2 - 64, chunk=tokens, steps=10),
+            Cell("sync", False, 1, min(max_context // 2, max_context - tokens), chunk=tokens, steps=10),
         ]
     return [cell for cell in cells if cell.peak_tokens <= kv_tokens]

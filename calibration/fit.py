@@ -78,10 +78,10 @@ def _features(cell: Cell) -> list[float]:
     return [1.0, cell.num_seqs, 0.0, 0.0]
 
 
-def fit_loop(measured: Measured, schedule: str, *, graphs: bool, kernels: int, like: LoopFit | None = None) -> LoopFit:
+def fit_loop(measured: Measured, schedule: str, *, graphs: bool, kernels: KernelCounts, like: LoopFit | None = None) -> LoopFit:
     """Host phases and fixed delays of one loop.
 
-    `kernels` is the number of launches of an eager forward. A delay that this loop never shows (a busy device
+    A delay that this loop never shows (a busy device
     hides the launch latency, an idle one the gap) is taken from the loop `like`.
     """
     own = {c: s for c, s in measured.items() if c.schedule == schedule and c.graphs == graphs and not c.chunk}
@@ -101,7 +101,7 @@ def fit_loop(measured: Measured, schedule: str, *, graphs: bool, kernels: int, l
         phases["launch"] = fit_phase(launches)
         eager = {c: s for c, s in measured.items() if c.schedule == schedule and not c.graphs and not c.chunk}
         launches = [(c, s["launch"]) for c, s in eager.items()]
-    per_kernel = [(cell, [ns / kernels for ns in samples]) for cell, samples in launches]
+    per_kernel = [(cell, [ns / kernels.total(cell.num_seqs) for ns in samples]) for cell, samples in launches]
     gap = _median(own, "gap", like.gap_ns if like else 0)
     copy_in = _median(own, "device_copy_in", like.copy_in_device_ns if like else 0)
     copy_out = _median(own, "device_copy_out", like.copy_out_device_ns if like else 0)
@@ -139,7 +139,11 @@ def fit_device(measured: Measured, schedule: str, kernels: KernelCounts) -> Devi
         points = sorted((c.kv_tokens, float(np.median(v))) for c, v in decode if c.num_seqs == size)
         curves.append(DecodeCurve(size=size, kv_tokens=[x for x, _ in points], ns=[round(y, 1) for _, y in points]))
     by_size = {curve.size: curve for curve in curves}
-    eager = [(s, by_size[c.num_seqs].at(c.kv_tokens)) for c, s in measured.items() if _is(c, schedule, graphs=False)]
+    eager = [
+        (c.num_seqs, s, by_size[c.num_seqs].at(c.kv_tokens))
+        for c, s in measured.items()
+        if _is(c, schedule, graphs=False)
+    ]
     eager_factor, outer_share = _fit_eager(eager, kernels)
     prefill_fit, prefill_ratios = _fit_prefill(measured, curves)
     return DeviceFit(
@@ -152,20 +156,23 @@ def fit_device(measured: Measured, schedule: str, kernels: KernelCounts) -> Devi
     )
 
 
-def _fit_eager(eager: Sequence[tuple[Samples, float]], kernels: KernelCounts) -> tuple[float, float]:
+def _fit_eager(eager: Sequence[tuple[int, Samples, float]], kernels: KernelCounts) -> tuple[float, float]:
     """(factor on the graph's kernel time, share of it outside the layers) of forwards launched kernel by kernel.
 
     Where the device is the bottleneck the forwards' lengths tell the factor; where the host is, a forward ends
     one LM head after its last launch, which tells the share. Where all cells are bound by the host the factor
     hardly shows, and a weak prior keeps it near 1.
     """
-    spans = [(float(np.median(s["decode"])), float(np.median(s["launch"])), kernel_ns) for s, kernel_ns in eager]
+    spans = [
+        (rows, float(np.median(s["decode"])), float(np.median(s["launch"])) / kernels.total(rows), kernel_ns)
+        for rows, s, kernel_ns in eager
+    ]
 
     def residuals(terms: Floats) -> list[float]:
         factor, share = terms
         errors = [
-            forward_ns(kernels.bursts(launch_ns / kernels.total, kernel_ns * factor, share)) / span_ns - 1
-            for span_ns, launch_ns, kernel_ns in spans
+            forward_ns(kernels.bursts(rows, launch_ns, kernel_ns * factor, share)) / span_ns - 1
+            for rows, span_ns, launch_ns, kernel_ns in spans
         ]
         return [*errors, 0.003 * (factor - 1)]
 
@@ -192,7 +199,7 @@ def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve]) -> tuple[Pre
         rows[i, -1] = cell.pairs
     terms, _ = nnls(rows / times[:, None], np.ones(len(times)))
     fitted = rows @ terms
-    base = {curve.size: curve.at(0) for curve in curves if curve.size < counts[0]}
+    base = {curve.size: max(curve.at(0), curve.ns[0] / 2) for curve in curves if curve.size < counts[0]}
     base |= {count: float(term) for count, term in zip(counts, terms, strict=False)}
     ratios = np.concatenate([v / f for (_, v), f in zip(cells, fitted, strict=True)])
     fit = PrefillFit(
@@ -220,7 +227,7 @@ def fit_profile(
     for schedule in SCHEDULES:
         for graphs in (True, False):
             like = loops.get(f"sync/{'graph' if graphs else 'eager'}")
-            loop = fit_loop(measured, schedule, graphs=graphs, kernels=kernels.total, like=like)
+            loop = fit_loop(measured, schedule, graphs=graphs, kernels=kernels, like=like)
             loops[f"{schedule}/{'graph' if graphs else 'eager'}"] = loop
     return Profile(
         schema_version=1,

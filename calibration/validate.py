@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,13 @@ from batchsim.records import Span
 from batchsim.result import Run, ScheduleResult
 from batchsim.scenario import Scenario
 from batchsim.schedules import SCHEDULES
-from calibration.executor import Executor, build
+from calibration.executor import Decoder, Executor, build
 from calibration.provenance import host_yardstick_ns, provenance
 
 Progress = Callable[[float], None]
 WARM_UP_TOKENS = 24
+# On a GPU a decoder is built with room for scenarios to come.
+ROOMY_TOKENS, ROOMY_LEN = 8192, 9472
 
 
 class Bench:
@@ -31,7 +32,7 @@ class Bench:
         if device == "cuda" and not torch.cuda.is_available():
             raise RunError("no CUDA device was found; validate on a machine with one, or use --device cpu")
         self.device = device
-        self._decoder: Any = None
+        self._decoder: Decoder | None = None
         self._serves: tuple[Any, ...] = ()
 
     def executor(self, scenario: Scenario, profile: Profile) -> tuple[Executor, int]:
@@ -52,19 +53,21 @@ class Bench:
             if self.device == "cuda":
                 torch.cuda.empty_cache()
             seqs = max(running, sizes[-1])
-            tokens = scenario.max_num_batched_tokens
-            longest = max(length, min(MAX_LEN, 8 * length))
-            have_blocks = max(blocks, self._room(shape.parameters * shape.dtype_bytes, shape.kv_bytes_per_token * scenario.block_size))
+            block_bytes = shape.kv_bytes_per_token * scenario.block_size
+            have_blocks = max(blocks, self._room(shape.parameters * shape.dtype_bytes, block_bytes))
+            tokens, longest = scenario.max_num_batched_tokens, length
+            if self.device == "cuda":
+                tokens, longest = max(tokens, ROOMY_TOKENS), max(longest, ROOMY_LEN)
             self._decoder = build(
                 shape,
-                device=self.device,
+                self.device,
                 num_kv_blocks=have_blocks,
                 block_size=scenario.block_size,
                 max_num_seqs=seqs,
                 max_num_batched_tokens=tokens,
                 max_model_len=longest,
                 graph_sizes=sizes,
-            )
+            ).decoder
             self._serves = (scenario.model, scenario.block_size, sizes, have_blocks, seqs, tokens, longest)
         return Executor(self._decoder, graphs=scenario.cuda_graphs), self._serves[3]
 
@@ -76,7 +79,6 @@ class Bench:
         return max(int(((free - weight_bytes) * 0.8 - (6 << 30)) / block_bytes), 0)
 
 
-MAX_LEN = 9472
 
 
 def validate(
@@ -136,12 +138,3 @@ def validate(
 def _same_machine(facts: dict[str, Any], profile: Profile) -> bool:
     """Whether device, host processor and driver are those of the profile."""
     return all(facts.get(key) == profile.provenance.get(key) for key in ("device", "host_cpu", "driver"))
-
-
-def write_point(path: Path, predicted: Run, measured: Run, profile: Profile) -> None:
-    """One validation point as JSON: scenario fields, predicted, measured, profile's name, provenance."""
-    from batchsim.result import validation_json
-
-    from batchsim.files import write_json
-
-    write_json(path, validation_json(predicted, measured, profile.name))

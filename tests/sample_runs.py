@@ -57,7 +57,7 @@ def spans_of(schedule: str, steps: int, host: float = 1.0, device: float = 1.0) 
         step = -1
         if isinstance(operation, Schedule):
             if decided < steps:
-                answer = Batch(decided, (), 32, 0, 0)
+                answer = Batch(decided, (), 32, 0, 0, 0)
                 step, decided = decided, decided + 1
         elif not isinstance(operation, Record | StreamWait):
             step = operation.batch.index
@@ -137,7 +137,7 @@ def _result(schedule: str, spans: list[Span], sync: ScheduleResult | None) -> Sc
         idle_ns=_idle_ns(schedule, stages, total_ns - busy_ns),
         stage_ms=stages,
         counts={"requests": 32, "steps": STEPS, "output_tokens": 32 * STEPS},
-        gain_over_sync=throughput / sync.throughput_tokens_per_s - 1 if sync else None,
+        gain_over_sync=throughput / sync.throughput_tokens_per_s - 1 if sync else 0.0,
         warnings=warnings,
     )
 

@@ -18,7 +18,7 @@ from calibration.cells import Cell, Samples, plan, read_samples
 from calibration.fit import fit_profile
 
 SIZES = (1, 2, 6, 10, 32, 80)
-KERNELS = KernelCounts(first=1, layers=16, per_layer=9, last=4)
+KERNELS = KernelCounts(first=1, layers=16, per_layer=9, last=4, split_rows=32)
 
 
 class KnownMachine:
@@ -58,7 +58,7 @@ class KnownMachine:
         if self.graphs and not batch.prefill_tokens:
             return (Burst((round(20_000 * self.factor),), (round(device),)),)
         launch = round(6_000 * self.factor * self.random.uniform(0.95, 1.05))
-        return KERNELS.bursts(launch, device, 0.0 if batch.prefill_tokens else 0.15)
+        return KERNELS.bursts(0 if batch.prefill_tokens else rows, launch, device, 0.0 if batch.prefill_tokens else 0.15)
 
 
 def spans_of(costs: object, batcher: ContinuousBatcher, schedule: str) -> tuple[list[Span], ScheduleResult]:

@@ -110,7 +110,6 @@ def test_host_spans_tile_the_run(decoder: Decoder, schedule: str) -> None:
         assert sorted(steps) == sorted(list(range(result.steps)) * spans)
     stages = {span.stage for span in result.spans if span.lane == "compute"}
     assert stages == {"prefill", "decode"}
-    assert host[-1].stage == ("schedule" if schedule == "sync" else "update" if host[-1].step >= 0 else "schedule")
 
 
 def test_copies_are_timed_for_the_first_steps_only(decoder: Decoder) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(slots=True)
@@ -33,8 +34,7 @@ class Request:
         return self.generated >= self.output_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """What one request contributes to a batch: `tokens` new tokens after `context` cached ones."""
 
     request: Request
@@ -53,22 +53,21 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work. Decoding slices come first, in the order in which their requests were admitted."""
+    """One step's work. Decoding slices come first, in the order in which their requests were admitted.
+
+    `kv_tokens` is the number of cached and new tokens that the decoding slices attend to, summed.
+    """
 
     index: int
     slices: tuple[Slice, ...]
     num_tokens: int
     prefill_tokens: int
+    kv_tokens: int
     admitted: int
 
     @property
     def num_seqs(self) -> int:
         return len(self.slices)
-
-    @property
-    def kv_tokens(self) -> int:
-        """Cached and new tokens that the decoding slices attend to, summed."""
-        return sum(s.context + 1 for s in self.slices if s.decodes)
 
     @property
     def prefill_pairs(self) -> int:
@@ -108,58 +107,59 @@ class ContinuousBatcher:
 
     def schedule(self) -> Batch | None:
         """The next batch, or None when no request is left to run."""
-        budget = self.max_num_batched_tokens
-        decodes: list[Slice] = []
-        prefills: list[Slice] = []
+        slices: list[Slice] = []
+        unfinished: list[Request] = []
+        kv_tokens = 0
         for request in self.running:
             context = request.scheduled
             if context >= request.prompt_tokens:
-                decodes.append(Slice(request, context, 1))
-                budget -= 1
+                slices.append(Slice(request, context, 1))
+                request.scheduled = context + 1
+                kv_tokens += context + 1
+            else:
+                unfinished.append(request)
+        budget = self.max_num_batched_tokens - len(slices)
+        prefills: list[Slice] = []
+        for request in unfinished:
+            budget -= self._prefill(request, budget, prefills)
         admitted = 0
-        for request in self.running:
-            remaining = request.prompt_tokens - request.scheduled
-            if remaining > 0 and budget > 0:
-                tokens = min(remaining, budget)
-                prefills.append(Slice(request, request.scheduled, tokens))
-                budget -= tokens
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if not self._reserve(request):
                 break
-            self.waiting.popleft()
-            self.running.append(request)
+            self.running.append(self.waiting.popleft())
             admitted += 1
-            # A request may arrive with its prompt cached (the calibrator's do): it decodes at once.
-            tokens = min(request.prompt_tokens - request.scheduled, budget)
-            if tokens > 0:
-                prefills.append(Slice(request, request.scheduled, tokens))
-                budget -= tokens
+            if request.scheduled < request.prompt_tokens:
+                budget -= self._prefill(request, budget, prefills)
             else:
-                decodes.append(Slice(request, request.scheduled, 1))
+                # Its prompt is cached (the calibrator's are): it decodes at once.
+                slices.append(Slice(request, request.scheduled, 1))
+                request.scheduled += 1
+                kv_tokens += request.scheduled
                 budget -= 1
-        if not decodes and not prefills:
+        if not slices and not prefills:
             return None
-        prefill_tokens = sum(s.tokens for s in prefills)
-        batch = Batch(self._steps, (*decodes, *prefills), len(decodes) + prefill_tokens, prefill_tokens, admitted)
+        prefill_tokens = self.max_num_batched_tokens - budget - len(slices)
+        tokens = len(slices) + prefill_tokens
+        batch = Batch(self._steps, (*slices, *prefills), tokens, prefill_tokens, kv_tokens, admitted)
         self._steps += 1
-        for piece in batch.slices:
-            piece.request.scheduled += piece.tokens
         return batch
 
     def update(self, batch: Batch) -> list[Request]:
         """Count the tokens that `batch` sampled; retire and return the requests that this completes."""
         done: list[Request] = []
-        for piece in batch.slices:
-            if piece.samples:
-                request = piece.request
-                if request.finished:
+        counted = 0
+        for request, context, tokens in batch.slices:
+            if context + tokens >= request.prompt_tokens:  # it sampled
+                generated = request.generated
+                if generated >= request.output_tokens:
                     self.wasted_tokens += 1
                     continue
-                request.generated += 1
-                self.output_tokens += 1
-                if request.finished:
+                request.generated = generated = generated + 1
+                counted += 1
+                if generated >= request.output_tokens:
                     done.append(request)
+        self.output_tokens += counted
         if done:
             self.running = [request for request in self.running if not request.finished]
             self.finished += len(done)
@@ -167,6 +167,14 @@ class ContinuousBatcher:
                 self._free.extend(reversed(request.blocks))
                 request.blocks = []
         return done
+
+    def _prefill(self, request: Request, budget: int, prefills: list[Slice]) -> int:
+        """Add the next chunk of a prompt, as the budget allows, and return its tokens."""
+        tokens = min(request.prompt_tokens - request.scheduled, budget)
+        if tokens > 0:
+            prefills.append(Slice(request, request.scheduled, tokens))
+            request.scheduled += tokens
+        return tokens
 
     def _reserve(self, request: Request) -> bool:
         # One token more than the whole length: a loop that reads late writes one wasted token.

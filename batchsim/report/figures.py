@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from batchsim.operations import HOST_PHASES
 from batchsim.records import DEVICE_STAGES, Lane, Span
-from batchsim.report.words import METRICS, error_text, idle_shares, stage_label
+from batchsim.report.words import METRICS, error_text, idle_shares, shown, stage_label
 from batchsim.result import Run, ScheduleResult, errors, figures, in_points
 
 LANES: tuple[Lane, ...] = ("host", "copy_in", "compute", "copy_out")
@@ -31,12 +31,15 @@ COLOURS = {
     "wake_up": "#9aa5b1",
     "launch_latency": "#5b6673",
     "busy": "#0072b2",
-    "launch gaps": "#a8cbe4",
 }
-_UNKNOWN = "#444444"
+_UNKNOWN = "#c3cad3"
+_OTHERS = "other stages"
+_SMALL_SHARE = 0.001
+_GAPPY = " with gaps"
 _ACROSS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+_DARK = "#1c2330"
 # Stages whose colour is too light for white letters.
-_INK = dict.fromkeys(("copy_in", "copy_out", "launch", "stream_wait", "schedule"), "#1c2330") | {"wait": "#7b8794"}
+_INK = dict.fromkeys(("copy_in", "copy_out", "launch", "stream_wait", "schedule"), _DARK) | {"wait": "#7b8794"}
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 _ROW_PX = 24
 
@@ -88,21 +91,22 @@ def _timeline(rows: Sequence[_Row], length_ns: int, labelled: Sequence[Lane]) ->
                 if span.lane == lane and start < end:
                     text = "" if lane not in labelled else f"step {span.step}" if lane == "compute" else span.stage
                     starts_ms = (span.start_ns - row.origin_ns) / 1e6
-                    about = [span.step, starts_ms, _duration(span.duration_ns), ticks[position]]
-                    bars[span.stage].append((start / 1e6, (end - start) / 1e6, position, text, about))
+                    gaps = f", {_duration(span.gap_ns)} of it waiting for launches" if span.gap_ns else ""
+                    about = [span.step, starts_ms, _duration(span.duration_ns) + gaps, ticks[position]]
+                    bars[_drawn_as(span)].append((start / 1e6, (end - start) / 1e6, position, text, about))
     for stage in sorted(bars, key=_order):
         starts, durations, positions, texts, about_all = zip(*bars[stage], strict=True)
         figure.add_bar(
             name=stage_label(stage), orientation="h", base=starts, x=durations, y=positions, text=texts,
             customdata=about_all, width=0.82, textposition="inside", insidetextanchor="middle", textangle=0,
-            insidetextfont={"color": _INK.get(stage, "white"), "size": 11}, marker=_marker(stage),
+            insidetextfont={"color": _ink(stage), "size": 11}, marker=_marker(stage),
             hovertemplate=f"<b>{stage}</b> on %{{customdata[3]}}, step %{{customdata[0]}}<br>starts at "
             "%{customdata[1]:.4f} ms, lasts %{customdata[2]}<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
         **_layout(height=round(position * _ROW_PX) + 110), barmode="overlay", uniformtext={"minsize": 9, "mode": "hide"}
     )
-    figure.update_xaxes(title="ms since a forward ended", range=[left_ns / 1e6, right_ns / 1e6])
+    figure.update_xaxes(title="ms since a forward ended", zeroline=False, range=[left_ns / 1e6, right_ns / 1e6])
     figure.update_yaxes(
         tickvals=list(ticks), ticktext=[f"{lane}  " for lane in ticks.values()],
         range=[position + 0.7, 0.2], showgrid=False, zeroline=False, fixedrange=True,
@@ -127,12 +131,14 @@ def idle(predicted: Run, measured: Run | None) -> go.Figure:
             insidetextanchor="middle", insidetextfont={"size": 11}, textangle=0, constraintext="none",
             hovertemplate=f"%{{y}}<br><b>{label}</b> %{{x:.2%}} of the time<extra></extra>",
         )  # fmt: skip
+    figure.update_layout(
+        **_layout(height=len(rows) * 38 + 110 + 20 * (len(figure.data) // 5)), barmode="stack", bargap=0.3
+    )
     for row, shares in rows.items():
-        unused = 1 - shares["busy"]
+        unused = sum(share for stage, share in shares.items() if stage not in ("busy", "launch gaps"))
         figure.add_annotation(text=f"{unused:.2%} idle", x=1, y=row, xanchor="left", xshift=6, showarrow=False)
-    figure.update_layout(**_layout(height=len(rows) * 38 + 120), barmode="stack", bargap=0.3)
     figure.update_xaxes(tickformat=".0%", range=[0, 1.09], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1], title="share of total")
-    figure.update_yaxes(autorange="reversed", fixedrange=True, ticksuffix="  ")
+    figure.update_yaxes(autorange="reversed", fixedrange=True, ticksuffix="  ", showgrid=False)
     return figure
 
 
@@ -170,7 +176,7 @@ def _errors(predicted: Run, measured: Run, labels: dict[str, str], title: str, v
     for colour, name in zip(_ACROSS * len(names), names, strict=False):
         left, right = predicted.results[name], measured.results[name]
         error, sides = errors(left, right), (figures(left), figures(right))
-        keys = [key for key in labels if value_of(key, left, right) is not None]
+        keys = [key for key in labels if key in shown(left) and value_of(key, left, right) is not None]
         figure.add_bar(
             name=name, orientation="h", y=[labels[key] for key in keys], marker={"color": colour},
             x=[value_of(key, left, right) for key in keys],
@@ -206,18 +212,33 @@ def _row(name: str, run: Run) -> _Row:
 def _shares(result: ScheduleResult) -> dict[str, float]:
     gaps = result.launch_gap_fraction or 0.0
     shares = {"busy": result.device_busy_fraction - gaps} | ({"launch gaps": gaps} if gaps else {})
-    return shares | idle_shares(result)
+    for stage, share in idle_shares(result).items():
+        name = stage if share >= _SMALL_SHARE else _OTHERS
+        shares[name] = shares.get(name, 0.0) + share
+    return shares
 
 
 def _order(stage: str) -> tuple[int, str]:
     if stage in ("busy", "launch gaps"):
         return -1, stage
-    name = stage.removeprefix("device_")
+    name = stage.removeprefix("device_").removesuffix(_GAPPY)
     return list(COLOURS).index(name) if name in COLOURS else len(COLOURS), stage
+
+
+def _drawn_as(span: Span) -> str:
+    """The stage, marked where the device waits for launches during a good part of it."""
+    return span.stage + (_GAPPY if span.gap_ns and span.gap_ns > 0.1 * span.duration_ns else "")
+
+
+def _ink(stage: str) -> str:
+    return _DARK if stage.endswith(_GAPPY) else _INK.get(stage, "white")
 
 
 def _marker(stage: str) -> dict[str, object]:
     colour = COLOURS.get(stage.removeprefix("device_"), _UNKNOWN)
+    if stage.endswith(_GAPPY) or stage == "launch gaps":
+        stage = stage.removesuffix(_GAPPY)
+        return {"color": "#a8cbe4", "pattern": _pattern("/", COLOURS.get(stage, "#0072b2"))}
     if stage == "wait":
         return {"color": colour, "pattern": _pattern("/", "rgba(148,160,176,0.55)")}
     if stage.startswith("device_"):

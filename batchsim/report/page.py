@@ -14,12 +14,14 @@ from batchsim.report import figures as draw
 from batchsim.report.style import SCRIPT, STYLE
 from batchsim.report.words import (
     METRICS,
+    NEGLIGIBLE_GAIN,
     Metric,
     agreement,
     causes,
     error_text,
     headline,
     idle_shares,
+    shown,
     stage_label,
     unique_warnings,
 )
@@ -29,7 +31,7 @@ from batchsim.result import DEFINITIONS, Run, ScheduleResult, errors, figures
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 _TIMELINE_NOTE = (
-    "A few steps of the steady run, aligned where a forward ends. Blank is idle, hatched is the host waiting. "
+    "A few steps of the steady run, aligned where a forward ends. Blank is idle, hatched is waiting. "
     "Drag to zoom, double-click to go back."
 )
 _CLOSE_UP_NOTE = "What happens between the end of a forward and the host's next wait: the cause of idle time."
@@ -124,13 +126,14 @@ def _cards(predicted: Run, measured: Run | None) -> str:
 
 def _card(name: str, predicted: Run, measured: Run | None) -> str:
     result = predicted.results[name]
-    found = figures(result)
-    truth = figures(measured.results[name]) if measured is not None and name in measured.results else {}
+    found = shown(result)
+    truth = shown(measured.results[name]) if measured is not None and name in measured.results else {}
     error = errors(result, measured.results[name]) if measured is not None and truth else {}
     chip = ""
     if result.gain_over_sync is not None and name != "sync":
-        kind = "gain" if result.gain_over_sync > 0.0005 else "loss" if result.gain_over_sync < -0.0005 else "same"
-        chip = f'<span class="chip {kind}">{result.gain_over_sync:+.1%} over sync</span>'
+        gain = result.gain_over_sync
+        kind = "gain" if gain >= NEGLIGIBLE_GAIN else "same" if gain > -NEGLIGIBLE_GAIN else "loss"
+        chip = f'<span class="chip {kind}">{gain:+.1%} against sync</span>'
     rows = [
         f"<dt>{_text(metric.label)}</dt><dd>{_value(metric, found, truth, error)}</dd>"
         for metric in METRICS
@@ -140,8 +143,8 @@ def _card(name: str, predicted: Run, measured: Run | None) -> str:
     tokens = f'<p class="big">{result.throughput_tokens_per_s:,.0f} <small>tokens/s{predicted_mark}</small></p>'
     if truth:
         key = "throughput_tokens_per_s"
-        gain = f", {truth['gain_over_sync']:+.1%} over sync" if chip and "gain_over_sync" in truth else ""
-        tokens += f'<p class="measured">measured {truth[key]:,.0f}{gain} (error {error_text(key, error[key])})</p>'
+        by = f", {truth['gain_over_sync']:+.1%} against sync" if chip and "gain_over_sync" in truth else ""
+        tokens += f'<p class="measured">measured {truth[key]:,.0f}{by} (error {error_text(key, error[key])})</p>'
     busy = min(max(result.device_busy_fraction, 0.0), 1.0)
     meter = f'<div class="meter" title="device busy {busy:.1%}"><i style="width:{busy * 100:.2f}%"></i></div>'
     return f'<article class="card"><h3>{_text(name)} {chip}</h3>{tokens}{meter}<dl>{"".join(rows)}</dl></article>'
@@ -193,19 +196,19 @@ def _cells(metric: Metric, name: str, predicted: Run, measured: Run | None) -> s
     if measured is not None:
         truth = measured.results.get(name)
         right = _all_figures(truth) if truth is not None else {}
-        error = None if truth is None else errors(predicted.results[name], truth).get(metric.key)
+        error = errors(predicted.results[name], truth).get(metric.key) if truth and metric.key in left else None
         if metric.key.startswith("idle.") and metric.key in left and metric.key in right:
             error = (left[metric.key] - right[metric.key]) * 100
-            shown = error_text("idle_fraction", error)
+            text = error_text("idle_fraction", error)
         else:
-            shown = "&ndash;" if error is None else error_text(metric.key, error)
-        cells += [_number(right.get(metric.key), metric.format), shown]
+            text = "&ndash;" if error is None else error_text(metric.key, error)
+        cells += [_number(right.get(metric.key), metric.format), text]
     return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
 def _all_figures(result: ScheduleResult) -> dict[str, float]:
     idle = {f"idle.{stage}": share for stage, share in idle_shares(result).items()}
-    return figures(result) | idle | {f"counts.{key}": value for key, value in result.counts.items()}
+    return shown(result) | idle | {f"counts.{key}": value for key, value in result.counts.items()}
 
 
 def _definitions() -> str:

@@ -12,11 +12,13 @@ from rich.text import Text
 
 from batchsim.report.words import (
     METRICS,
+    NEGLIGIBLE_GAIN,
     agreement,
     causes,
     error_text,
     headline,
     idle_shares,
+    shown,
     stage_label,
     unique_warnings,
 )
@@ -51,9 +53,9 @@ def print_run(console: Console, predicted: Run, measured: Run | None = None) -> 
     console.print()
     for warning in unique_warnings([predicted] if measured is None else [predicted, measured]):
         console.print(_bullet("warning: ", warning, style="yellow"))
-    shown = {key for result in predicted.results.values() for key in figures(result)}
+    keys = {key for result in predicted.results.values() for key in figures(result)}
     for key, definition in DEFINITIONS.items():
-        if key in shown or key in ("step_ms", "idle_ns"):
+        if key in keys or key in ("step_ms", "idle_ns"):
             console.print(_bullet(f"{key}: ", definition, style="dim"))
 
 
@@ -76,7 +78,7 @@ def _table(first: str) -> Table:
 def _figures(run: Run) -> Table:
     """One row a metric, one column a schedule."""
     table = _table("")
-    found = {name: figures(result) for name, result in run.results.items()}
+    found = {name: shown(result) for name, result in run.results.items()}
     for name in found:
         table.add_column(name, justify="right", header_style="bold", min_width=10)
     for metric in METRICS:
@@ -116,13 +118,14 @@ def _comparison(predicted: Run, measured: Run, names: list[str]) -> Table:
     table = _compared("", names)
     for metric in METRICS:
         pairs = [
-            (figures(predicted.results[name]).get(metric.key), figures(measured.results[name]).get(metric.key))
+            (shown(predicted.results[name]).get(metric.key), shown(measured.results[name]).get(metric.key))
             for name in names
         ]
         if any(value is not None for pair in pairs for value in pair):
             cells: list[Text] = []
             for name, (left, right) in zip(names, pairs, strict=True):
                 error = errors(predicted.results[name], measured.results[name]).get(metric.key)
+                error = None if left is None else error
                 cells += [_number(left, metric.format), _number(right, metric.format), _error(metric.key, error)]
             table.add_row(metric.label, *cells)
     return table
@@ -191,7 +194,7 @@ def _error(key: str, error: float | None) -> Text:
 
 
 def _gain_style(gain: float | None) -> str:
-    if gain is None or abs(gain) < 0.0005:
+    if gain is None or abs(gain) < NEGLIGIBLE_GAIN:
         return ""
     return "bold green" if gain > 0 else "bold red"
 

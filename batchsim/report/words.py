@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from batchsim.operations import HOST_PHASES, Synchronize
-from batchsim.result import Run, ScheduleResult, errors, in_points
+from batchsim.operations import HOST_PHASES, Forward, Synchronize
+from batchsim.result import Run, ScheduleResult, errors, figures, in_points
 
 
 class Metric(NamedTuple):
@@ -52,6 +52,13 @@ def error_text(key: str, error: float) -> str:
 
 def _rounded(value: float, digits: int) -> float:
     return round(value, digits) + 0.0
+
+
+def shown(result: ScheduleResult) -> dict[str, float]:
+    """The figures that are worth showing: all but the gain of sync over itself."""
+    return {
+        key: value for key, value in figures(result).items() if (key, result.schedule) != ("gain_over_sync", "sync")
+    }
 
 
 def idle_shares(result: ScheduleResult) -> dict[str, float]:
@@ -140,7 +147,7 @@ def _idle_sentence(result: ScheduleResult) -> str:
         if rest >= 0.0005 and largest:
             parts.append(f"{rest * 100:.1f} for the rest")
         detail = ": " + ", ".join(parts).replace(" for ", " points waiting for ", 1) if parts else ""
-        sentence = f"{result.schedule} leaves the device idle {idle:.1%} of the time{detail}."
+        sentence = f"{result.schedule} leaves the device idle {idle:.{1 if idle >= 0.01 else 2}%} of the time{detail}."
     gaps = result.launch_gap_fraction or 0.0
     if gaps >= 0.005:
         sentence += f" Another {gaps:.1%} pass inside its forwards, waiting for the next kernel launch."
@@ -172,12 +179,8 @@ def _next_step(result: ScheduleResult) -> str:
     host = {stage: ms for stage, ms in result.stage_ms.items() if stage in HOST_WORK}
     if result.host_busy_fraction >= HOST_BOUND and host:
         largest = max(host, key=lambda stage: (host[stage], stage))
-        cure = (
-            "capture CUDA graphs or launch fewer kernels"
-            if largest == "launch"
-            else "make it cheaper, or move it off the serving thread"
-        )
-        return f"To go faster, cut host work first: {largest} is the largest part ({host[largest]:,.2f} ms); {cure}."
+        cure = "; CUDA graphs or fewer, larger kernels would shrink it" if largest == Forward.phase else ""
+        return f"To go faster, cut host work: {largest} is the largest part ({host[largest]:,.2f} ms a step){cure}."
     if result.device_busy_fraction >= DEVICE_BOUND and (result.launch_gap_fraction or 0.0) < 0.005:
         return "To go faster, the forward itself must get faster: no schedule has more to hide."
     return ""

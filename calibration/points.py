@@ -1,0 +1,151 @@
+"""Validation points: execute a list of them, and make the README's table from what was found.
+
+    python -m calibration.points run calibration/validation/points.yaml --device cuda
+    python -m calibration.points table calibration/validation
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from batchsim.files import write_json
+from batchsim.profile import load_profile
+from batchsim.result import validation_json
+from batchsim.scenario import Scenario
+from batchsim.yaml_loader import load as load_yaml
+
+PROFILES = {
+    "llama-3.2-1b": "h200-llama-3.2-1b",
+    "llama-3.2-3b": "h200-llama-3.2-3b",
+    "llama-3.1-8b": "h200-llama-3.1-8b",
+}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def scenarios(path: Path) -> dict[str, Scenario]:
+    """The scenarios of a points file by name, `8b-b32-i256-o1024` and so on; executed in the file's order."""
+    document = load_yaml(path).data
+    found: dict[str, Scenario] = {}
+    for entry in document["points"]:
+        point = {**document["defaults"], **entry}
+        batch = point.pop("batch")
+        lengths = {"input_len": point.pop("input_len"), "output_len": point.pop("output_len")}
+        prompts = point.pop("num_prompts", batch)
+        name = f"{point['model'].split('-')[-1]}-b{batch}-i{lengths['input_len']}-o{lengths['output_len']}"
+        name += "" if prompts == batch else f"-n{prompts}"
+        name += "" if point["cuda_graphs"] else "-nograph"
+        found[name] = Scenario(
+            kind="serving",
+            name=name,
+            profile=PROFILES[point["model"]],
+            workload={"kind": "fixed", "num_prompts": prompts, **lengths},  # type: ignore[arg-type]
+            max_num_seqs=batch,
+            **point,
+        )
+    return found
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="A list of points, YAML.")],
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    out: Annotated[Path | None, typer.Option(help="Folder for one JSON a point; default: the list's own.")] = None,
+    repeats: Annotated[int, typer.Option(help="Executions of each schedule.")] = 3,
+    profiles: Annotated[Path | None, typer.Option(help="Folder of profiles in place of the shipped ones.")] = None,
+    only: Annotated[str, typer.Option(help="Only points whose name starts so.")] = "",
+) -> None:
+    """Execute and predict every point, and write one JSON object a point; points already there are kept."""
+    from calibration.validate import Bench, validate
+
+    folder = out or file.parent
+    bench = Bench(device)
+    for name, scenario in scenarios(file).items():
+        target = folder / f"{name}.json"
+        if target.exists() or not name.startswith(only):
+            continue
+        profile = load_profile(scenario.profile if profiles is None else f"{profiles / scenario.profile}.json")
+        predicted, measured = validate(scenario, profile, device, repeats=repeats, bench=bench)
+        point = validation_json(predicted, measured)
+        write_json(target, point)
+        for schedule, error in point["error"].items():
+            typer.echo(
+                f"{name} {schedule}: {measured.results[schedule].throughput_tokens_per_s:,.0f} tokens/s measured, "
+                f"error {error['throughput_tokens_per_s']:+.1%}, busy {error['device_busy_fraction']:+.1f} points"
+            )
+
+
+@app.command()
+def table(folder: Annotated[Path, typer.Argument(help="Folder of points.")]) -> None:
+    """Print the table of all points in `folder`, and the summary above it, as Markdown."""
+    points = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not points:
+        raise typer.BadParameter(f"{folder} holds no points")
+    typer.echo(summary(points))
+    typer.echo("")
+    typer.echo(
+        "| point | sync tokens/s | error | async tokens/s | error | busy sync | error | busy async | error | gain | predicted |"
+    )
+    typer.echo("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for point in sorted(points, key=_order):
+        typer.echo(_row(point))
+
+
+def summary(points: Sequence[dict[str, Any]]) -> str:
+    """Median and worst of the errors over all points and schedules, and how often the gain's sign is right."""
+    runs = [(point, schedule) for point in points for schedule in point["error"]]
+    speed = np.abs([point["error"][schedule]["throughput_tokens_per_s"] for point, schedule in runs]) * 100
+    busy = np.abs([point["error"][schedule]["device_busy_fraction"] for point, schedule in runs])
+    signs = [_gain(point, "predicted") * _gain(point, "measured") > 0 for point in points]
+    lines = [
+        f"{len(points)} points, {len(runs)} runs.",
+        f"Tokens/s: median error {np.median(speed):.2f}%, worst {speed.max():.2f}%.",
+        f"Device busy: median error {np.median(busy):.2f} points, worst {busy.max():.2f}.",
+        f"Sign of the gain of async: right on {sum(signs)} of {len(signs)}.",
+    ]
+    stages: dict[str, list[float]] = {}
+    for point, schedule in runs:
+        predicted, measured = (point[side][schedule] for side in ("predicted", "measured"))
+        step = measured["step_ms"]["mean"]
+        for stage, value in measured["stage_ms"].items():
+            stages.setdefault(stage, []).append((predicted["stage_ms"].get(stage, 0.0) - value) / step * 100)
+    lines.append("Stages, median and worst signed error in % of a step: ")
+    lines[-1] += "; ".join(
+        f"{stage} {np.median(values):+.2f}, {max(values, key=abs):+.2f}" for stage, values in sorted(stages.items())
+    )
+    return "\n".join(lines)
+
+
+def _gain(point: dict[str, Any], side: str) -> float:
+    return float(point[side]["async"]["gain_over_sync"])
+
+
+def _order(point: dict[str, Any]) -> tuple[bool, str, int, int]:
+    scenario = point["scenario"]
+    workload = scenario["workload"]
+    return not scenario["cuda_graphs"], scenario["model"][::-1], scenario["max_num_seqs"], workload["input_len"]
+
+
+def _row(point: dict[str, Any]) -> str:
+    measured, error = point["measured"], point["error"]
+    cells = [point["scenario"]["name"]]
+    for schedule in ("sync", "async"):
+        cells += [
+            f"{measured[schedule]['throughput_tokens_per_s']:,.0f}",
+            f"{error[schedule]['throughput_tokens_per_s']:+.1%}",
+        ]
+    for schedule in ("sync", "async"):
+        cells += [f"{measured[schedule]['device_busy_fraction']:.1%}", f"{error[schedule]['device_busy_fraction']:+.1f}"]
+    cells += [f"{_gain(point, 'measured'):+.1%}", f"{_gain(point, 'predicted'):+.1%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,306 @@
+"""A scenario is taken as it is meant or refused with a sentence that says where, what was found, and what would do."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from batchsim.errors import InputError
+from batchsim.model import MODELS
+from batchsim.refusal import Override
+from batchsim.scenario import FixedWorkload, Scenario, check_memory, load, parse, scenario_json_schema
+from batchsim.schedules import SCHEDULES
+
+SCENARIOS = Path(__file__).parents[1] / "scenarios"
+SMALLEST: dict[str, Any] = {
+    "kind": "serving",
+    "name": "smallest",
+    "model": "tiny",
+    "profile": "p",
+    "workload": {"kind": "fixed", "num_prompts": 1, "input_len": 1, "output_len": 1},
+}
+ALL_KEYS = [(key,) for key in Scenario.model_fields] + [("workload", key) for key in FixedWorkload.model_fields]
+
+
+def text_of(**changes: Any) -> str:
+    """The smallest scenario as YAML; a change to None removes a key, `workload__x` names one of the workload's."""
+    data = {**SMALLEST, "workload": dict(SMALLEST["workload"])}
+    for name, value in changes.items():
+        *parents, key = name.split("__")
+        place = data["workload"] if parents else data
+        if value is None:
+            del place[key]
+        else:
+            place[key] = value
+    return yaml.safe_dump(data, sort_keys=False)
+
+
+def refusal(text: str, *sets: str | Override) -> InputError:
+    with pytest.raises(InputError) as caught:
+        parse(text, "x.yaml", sets)
+    return caught.value
+
+
+def test_defaults() -> None:
+    scenario = parse(text_of())
+    assert scenario.model_dump(mode="json") == {
+        **SMALLEST,
+        "schedules": ["sync", "async"],
+        "cuda_graphs": True,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 8192,
+        "block_size": 16,
+        "host_threads": 1,
+        "host_speed": 1.0,
+        "launch_queue_depth": 1024,
+        "jitter": True,
+        "seed": 0,
+        "replication": 0,
+    }
+
+
+@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_scenarios_load_and_name_their_schema(path: Path) -> None:
+    load(path)
+    assert path.read_text().startswith("# yaml-language-server: $schema=scenario.schema.json\n")
+
+
+def test_the_shipped_schema_is_current() -> None:
+    assert json.loads((SCENARIOS / "scenario.schema.json").read_text()) == scenario_json_schema()
+
+
+def test_every_key_is_described_in_the_schema() -> None:
+    schema = scenario_json_schema()
+    for key in Scenario.model_fields:
+        described = schema["properties"][key]
+        assert described.get("description") or "$ref" in described
+    assert schema["properties"]["model"]["enum"] == list(MODELS)
+    assert schema["properties"]["schedules"]["items"]["enum"] == list(SCHEDULES)
+
+
+COUNTS = st.integers(1, 10_000_000)
+SCENARIO_DATA = st.fixed_dictionaries(
+    {
+        "kind": st.just("serving"),
+        "name": st.text(min_size=1, max_size=200).filter(lambda text: text.isprintable() and not text.isspace()),
+        "model": st.sampled_from(list(MODELS)),
+        "profile": st.just("p"),
+        "workload": st.fixed_dictionaries(
+            {"kind": st.just("fixed"), "num_prompts": COUNTS, "input_len": COUNTS, "output_len": COUNTS}
+        ),
+        "max_num_seqs": st.integers(1, 8192),
+    },
+    optional={
+        "schedules": st.lists(st.sampled_from(list(SCHEDULES)), min_size=1, unique=True),
+        "cuda_graphs": st.booleans(),
+        "max_num_batched_tokens": st.integers(8192, 10_000_000),
+        "block_size": st.sampled_from([16, 32, 64, 65_536]),
+        "host_speed": st.floats(0.001, 1000) | st.integers(1, 1000),
+        "jitter": st.booleans(),
+        "seed": st.integers(0, 2**63 - 1),
+        "replication": st.integers(0, 2**31 - 1),
+    },
+)
+
+
+@given(SCENARIO_DATA)
+def test_a_scenario_dumps_to_json_that_loads_again(data: dict[str, Any]) -> None:
+    scenario = Scenario.model_validate(data)
+    assert parse(json.dumps(scenario.model_dump(mode="json"))) == scenario
+    assert parse(yaml.safe_dump(data, allow_unicode=True)) == scenario
+
+
+@given(st.sampled_from(ALL_KEYS), st.data())
+def test_a_typo_in_a_key_is_refused_with_the_key_that_was_meant(path: tuple[str, ...], data: st.DataObject) -> None:
+    *parents, key = path
+    letter = data.draw(st.sampled_from(string.ascii_lowercase + "_"))
+    at = data.draw(st.integers(0, len(key) - 1))
+    typo = data.draw(
+        st.sampled_from(
+            [
+                key[:at] + key[at + 1 :],
+                key[:at] + letter + key[at:],
+                key[:at] + letter + key[at + 1 :],
+                key[:at] + key[at + 1 : at + 2] + key[at] + key[at + 2 :],
+                key.replace("_", "-"),
+                key.upper(),
+            ]
+        )
+    )
+    if typo == key:
+        return
+    scenario = parse(text_of()).model_dump(mode="json")
+    place = scenario[parents[0]] if parents else scenario
+    place[typo] = place.pop(key)
+    error = refusal(json.dumps(scenario))
+    assert [(problem.key, problem.wanted) for problem in error.problems] == [
+        (".".join((*parents, typo)), ".".join(path))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "found", "wanted"),
+    [
+        ({"workload__num_prompts": 0}, "workload.num_prompts", "0", "an integer from 1 to 10000000"),
+        ({"workload__input_len": -3}, "workload.input_len", "-3", "an integer from 1 to 10000000"),
+        ({"workload__output_len": 1.5}, "workload.output_len", "1.5", "an integer from 1 to 10000000"),
+        ({"workload__num_prompts": 1e3}, "workload.num_prompts", "1000.0", "an integer from 1 to 10000000"),
+        ({"workload__num_prompts": True}, "workload.num_prompts", "true", "an integer from 1 to 10000000"),
+        ({"workload__num_prompts": "8_192"}, "workload.num_prompts", "the string '8_192'", "an integer from"),
+        ({"workload__num_prompts": None}, "workload.num_prompts", "nothing", "an integer from 1 to 10000000"),
+        ({"workload__num_prompts": 10**30}, "workload.num_prompts", str(10**30), "an integer from 1 to 10000000"),
+        ({"workload": 3}, "workload", "3", "a mapping with kind, num_prompts, input_len, output_len"),
+        ({"workload": []}, "workload", "an empty list", "a mapping with kind, num_prompts, input_len, output_len"),
+        ({"model": "llama-3.1-b8"}, "model", "the string 'llama-3.1-b8'", "tiny (the nearest: llama-3.1-8b)"),
+        ({"model": ["tiny"]}, "model", "a list", "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or tiny"),
+        ({"name": ""}, "name", "the string ''", "text of 1 to 200 characters"),
+        ({"name": "x" * 201}, "name", "the string 'xxx", "text of 1 to 200 characters"),
+        ({"name": "two\nlines"}, "name", "the string 'two\\nlines'", "printable text on one line"),
+        ({"name": "\x1b[31m"}, "name", "the string '\\x1b[31m'", "printable text on one line"),
+        ({"name": 3}, "name", "3", "text of 1 to 200 characters"),
+        ({"schedules": []}, "schedules", "an empty list", "a list of one or more of sync, async"),
+        ({"schedules": "sync"}, "schedules", "the string 'sync'", "a list of one or more of sync, async"),
+        ({"schedules": ["snc"]}, "schedules.0", "the string 'snc'", "sync or async (the nearest: sync)"),
+        ({"schedules": ["sync", 1]}, "schedules.1", "1", "sync or async"),
+        ({"schedules": ["sync", "sync"]}, "schedules", "sync twice", "each schedule once"),
+        ({"cuda_graphs": "no"}, "cuda_graphs", "the string 'no'", "true or false"),
+        ({"jitter": 0}, "jitter", "0", "true or false"),
+        ({"host_speed": float("inf")}, "host_speed", "inf", "a number from 0.001 to 1000"),
+        ({"host_speed": float("nan")}, "host_speed", "nan", "a number from 0.001 to 1000"),
+        ({"host_speed": 0}, "host_speed", "0", "a number from 0.001 to 1000"),
+        ({"host_speed": True}, "host_speed", "true", "a number from 0.001 to 1000"),
+        ({"host_speed": 10**39}, "host_speed", str(10**39), "a number from 0.001 to 1000"),
+        ({"seed": -1}, "seed", "-1", "an integer from 0 to 9223372036854775807"),
+        ({"block_size": 8}, "block_size", "8", "an integer from 16 to 65536"),
+        ({"block_size": 24}, "block_size", "24", "a power of two of at least 16"),
+        ({"kind": "training"}, "kind", "the string 'training'", "serving, the only one in this version"),
+        (
+            {"max_num_seqs": 512, "max_num_batched_tokens": 511},
+            "max_num_batched_tokens",
+            "511, less than max_num_seqs = 512",
+            "at least 512",
+        ),
+        ({"requests": 4}, "requests", "an unknown key", "kind, name, model"),
+        ({"num_prompts": 4}, "num_prompts", "a key of another place", "workload.num_prompts"),
+        ({"workload__seed": 4}, "workload.seed", "a key of another place", "seed"),
+        ({"workload__request_rate": 4}, "workload.request_rate", "arrival process", "kind: fixed"),
+        ({"max_concurrency": 4}, "max_concurrency", "arrival process", "kind: fixed"),
+        ({"workload__kind": "poisson"}, "workload.kind", "the string 'poisson'", "fixed, the only one in this version"),
+    ],
+)
+def test_one_mistake_gets_one_sentence(changes: dict[str, Any], key: str, found: str, wanted: str) -> None:
+    error = refusal(text_of(**changes))
+    assert len(error.problems) == 1
+    assert error.file == "x.yaml"
+    assert error.key == key
+    assert found in error.found
+    assert wanted in error.wanted
+    assert "\n" not in str(error)
+
+
+def test_several_mistakes_get_a_line_each_with_its_place() -> None:
+    error = refusal(text_of(workload__num_promts=3, workload__num_prompts=None, seed=-1, jitter="on"))
+    assert str(error).splitlines() == [
+        "x.yaml:9: workload.num_promts: found an unknown key, wanted workload.num_prompts",
+        "x.yaml:10: seed: found -1, wanted an integer from 0 to 9223372036854775807",
+        "x.yaml:11: jitter: found the string 'on', wanted true or false",
+    ]
+
+
+def test_a_kind_of_another_shape_gets_one_sentence() -> None:
+    workload = {"kind": "poisson", "request_rate": 4, "num_requests": 100}
+    error = refusal(text_of(workload=workload))
+    assert [problem.key for problem in error.problems] == ["workload.kind"]
+
+
+def test_a_missing_key_is_placed_where_its_mapping_begins() -> None:
+    assert str(refusal(text_of(workload__input_len=None))).startswith("x.yaml:5: workload.input_len: found nothing")
+
+
+class TestSet:
+    def test_replaces_and_adds(self) -> None:
+        scenario = parse(text_of(), sets=["workload.num_prompts=64", "host_speed=1e-1", "schedules=[async]"])
+        assert scenario.workload.num_prompts == 64
+        assert scenario.host_speed == 0.1
+        assert scenario.schedules == ("async",)
+
+    def test_the_last_one_counts(self) -> None:
+        assert parse(text_of(), sets=["seed=1", "seed=2"]).seed == 2
+
+    def test_makes_the_mappings_on_its_way(self) -> None:
+        sets = ["workload.kind=fixed", "workload.num_prompts=2", "workload.input_len=3", "workload.output_len=4"]
+        assert parse(text_of(workload=None), sets=sets).workload.output_len == 4
+
+    @given(SCENARIO_DATA)
+    def test_equals_the_same_values_in_the_file(self, data: dict[str, Any]) -> None:
+        flat = {key: value for key, value in data.items() if key != "workload"}
+        flat |= {f"workload.{key}": value for key, value in data["workload"].items()}
+        sets = [f"{key}={json.dumps(value)}" for key, value in flat.items()]
+        assert parse(text_of(), sets=sets) == parse(text_of(**data))
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("seed", "--set: found the string 'seed', wanted PATH=VALUE"),
+            ("=3", "--set: found the string '=3', wanted PATH=VALUE"),
+            ("workload..x=3", "wanted PATH=VALUE"),
+            ("seed=", "--set: seed: found null, wanted an integer"),
+            ("seed=-1", "--set: seed: found -1, wanted an integer"),
+            ("seed=[1", "--set seed: found a mistake in the YAML"),
+            ("num_prompts=3", "--set: num_prompts: found a key of another place, wanted workload.num_prompts"),
+            ("workload.num_promts=3", "--set: workload.num_promts: found an unknown key, wanted workload.num_prompts"),
+            ("model.layers=3", "--set: model.layers: found the string 'tiny' at model, wanted a mapping there"),
+            ("schedules.0=sync", "found a list at schedules"),
+        ],
+    )
+    def test_is_blamed_for_its_own_mistakes(self, text: str, told: str) -> None:
+        assert told in str(refusal(text_of(schedules=["sync"]), text))
+
+    def test_other_options_are_named_too(self) -> None:
+        error = refusal(text_of(), Override("--schedules", ("schedules",), ["tile"]))
+        assert str(error).startswith("--schedules: schedules.0: found the string 'tile', wanted sync or async")
+
+
+class TestMemory:
+    scenario = parse(
+        text_of(
+            model="llama-3.1-8b",
+            max_num_seqs=64,
+            workload={"kind": "fixed", "num_prompts": 100, "input_len": 100, "output_len": 27},
+        )
+    )
+    model = MODELS["llama-3.1-8b"]
+    # 100 + 27 + 1 tokens are exactly 8 blocks of 16.
+    request = 128 * model.kv_bytes_per_token
+    weights = model.parameters * model.dtype_bytes
+
+    def test_what_fits_exactly_is_taken(self) -> None:
+        check_memory(self.scenario, self.weights + 64 * self.request)
+
+    def test_a_byte_less_is_refused_with_what_fits(self) -> None:
+        with pytest.raises(InputError) as caught:
+            check_memory(self.scenario, self.weights + 64 * self.request - 1)
+        error = caught.value.within("x.yaml")
+        assert str(error).startswith("x.yaml: max_num_seqs: found 64 requests at once: 16.1 GB of weights and 1.07 GB")
+        assert "max_num_seqs of at most 63" in error.wanted
+
+    def test_one_request_or_the_weights_alone_may_be_too_much(self) -> None:
+        with pytest.raises(InputError, match=r"workload: found one request"):
+            check_memory(self.scenario, self.weights + self.request - 1)
+        with pytest.raises(InputError, match=r"model: found llama-3.1-8b"):
+            check_memory(self.scenario, self.weights - 1)
+
+
+def test_scenarios_are_frozen_and_hashable() -> None:
+    scenario = parse(text_of())
+    with pytest.raises(ValidationError):
+        scenario.seed = 3  # type: ignore[misc]
+    assert hash(scenario) == hash(parse(text_of()))
