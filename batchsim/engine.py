@@ -148,5 +148,3 @@ def _reporter(
             progress((position + batcher.output_tokens / tokens) / len(scenario.schedules))
 
     return observe
-
-

@@ -196,7 +196,9 @@ def load_profile(name: str, base: Path | None = None) -> Profile:
     if not path.is_file():
         resource = shipped / f"{name}.json"
         if not resource.is_file():
-            known = sorted(entry.name.removesuffix(".json") for entry in shipped.iterdir() if entry.name.endswith(".json"))
+            known = sorted(
+                entry.name.removesuffix(".json") for entry in shipped.iterdir() if entry.name.endswith(".json")
+            )
             raise InputError(str(path), "profile", repr(name), f"a JSON file or one of: {', '.join(known)}")
         text, source = resource.read_text(encoding="utf-8"), resource.name
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from batchsim.errors import RunError
-from batchsim.files import write_json, write_text
+from batchsim.files import write_text
 from batchsim.model import MODELS, ModelShape
 from batchsim.profile import KernelCounts, Profile
 from batchsim.schedules import SCHEDULES
@@ -32,8 +32,8 @@ BLOCK_SIZE = 16
 # Batch sizes that are captured as graphs; other batches are padded to the next one.
 GRAPH_SIZES = (1, 2, 6, 10, 16, 20, 32, 40, 64, 80, 112, 128, 160, 208, 256)
 MAX_CONTEXT = 9216
-PREFILL_TOKENS = (320, 448, 640, 832, 1152, 1664, 2048, 3072, 4096, 6144, 8192)
-ROUNDS = 4
+PREFILL_TOKENS = (320, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
+ROUNDS = 3
 
 
 def calibrate(
@@ -137,7 +137,7 @@ def _settings(shape: ModelShape, device: str) -> dict[str, Any]:
 class _Store:
     """Samples measured so far, saved now and then."""
 
-    SAVE_EVERY_S = 5.0
+    SAVE_EVERY_S = 10.0
 
     def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool) -> None:
         self.path = path
@@ -147,7 +147,9 @@ class _Store:
         if resume and path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["identity"] != identity:
-                raise RunError(f"{path}: was measured for {content['identity']}, not {identity}; remove it to start anew")
+                raise RunError(
+                    f"{path}: was measured for {content['identity']}, not {identity}; remove it to start anew"
+                )
             self.runs = [(key, samples) for key, samples in content["runs"]]
 
     def pending(self, cells: list[Cell], rounds: int) -> Iterator[tuple[float, Cell]]:
@@ -169,7 +171,7 @@ class _Store:
             self.save()
 
     def save(self) -> None:
-        write_json(self.path, {"identity": self.identity, "runs": self.runs})
+        write_text(self.path, json.dumps({"identity": self.identity, "runs": self.runs}, separators=(",", ":")))
         self._saved_s = time.monotonic()
 
     def measured(self, cells: list[Cell]) -> dict[Cell, Samples]:
@@ -179,5 +181,3 @@ class _Store:
             for stage, values in samples.items():
                 merged.setdefault(stage, []).extend(values)
         return {cell: by_key[cell.key] for cell in cells if cell.key in by_key}
-
-

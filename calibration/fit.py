@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,9 @@ def _features(cell: Cell) -> list[float]:
     return [1.0, cell.num_seqs, 0.0, 0.0]
 
 
-def fit_loop(measured: Measured, schedule: str, *, graphs: bool, kernels: KernelCounts, like: LoopFit | None = None) -> LoopFit:
+def fit_loop(
+    measured: Measured, schedule: str, *, graphs: bool, kernels: KernelCounts, like: LoopFit | None = None
+) -> LoopFit:
     """Host phases and fixed delays of one loop.
 
     A delay that this loop never shows (a busy device
@@ -184,13 +187,20 @@ def _is(cell: Cell, schedule: str, *, graphs: bool) -> bool:
     return cell.schedule == schedule and cell.graphs == graphs and not cell.chunk
 
 
+def _launch_bound(samples: Samples) -> bool:
+    """Whether the host's launches, not the device, set the length of these prefills."""
+    return float(np.median(samples["launch"])) > 0.8 * float(np.median(samples["prefill"]))
+
+
 def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve]) -> tuple[PrefillFit, list[float]]:
     """A base time for every number of tokens measured and one slope in the attention pairs, by least squares.
 
-    Forwards of few tokens are bound by launches; their kernel time is that of a decode of as many rows with
-    next to no context, as the graphs measured it.
+    Forwards of few tokens are bound by their launches and are left out; their kernel time is that of a decode of
+    as many rows with next to no context, as the graphs measured it.
     """
-    cells = [(c, split_outliers(s["prefill"])[0]) for c, s in measured.items() if c.chunk]
+    cells = [(c, split_outliers(s["prefill"])[0]) for c, s in measured.items() if c.chunk and not _launch_bound(s)]
+    if not cells:
+        cells = [(c, split_outliers(s["prefill"])[0]) for c, s in measured.items() if c.chunk]
     counts = sorted({cell.num_tokens for cell, _ in cells})
     rows = np.zeros((len(cells), len(counts) + 1))
     times = np.array([np.median(values) for _, values in cells])
@@ -201,7 +211,7 @@ def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve]) -> tuple[Pre
     fitted = rows @ terms
     base = {curve.size: max(curve.at(0), curve.ns[0] / 2) for curve in curves if curve.size < counts[0]}
     base |= {count: float(term) for count, term in zip(counts, terms, strict=False)}
-    ratios = np.concatenate([v / f for (_, v), f in zip(cells, fitted, strict=True)])
+    ratios = np.concatenate([v / np.median(v) for _, v in cells])
     fit = PrefillFit(
         num_tokens=sorted(base),
         ns=[round(base[n], 1) for n in sorted(base)],
@@ -256,4 +266,4 @@ def _summary(cell: Cell, samples: Samples) -> dict[str, Any]:
             "count": len(values),
             "outliers": len(outliers),
         }
-    return {"cell": cell.key, "stages": stages}
+    return {"cell": asdict(cell), "stages": stages}

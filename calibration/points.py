@@ -1,7 +1,7 @@
 """Validation points: execute a list of them, and make the README's table from what was found.
 
-    python -m calibration.points run calibration/validation/points.yaml --device cuda
-    python -m calibration.points table calibration/validation
+python -m calibration.points run calibration/validation/points.yaml --device cuda
+python -m calibration.points table calibration/validation
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ def _row(point: dict[str, Any]) -> str:
             f"{error[schedule]['throughput_tokens_per_s']:+.1%}",
         ]
     for schedule in ("sync", "async"):
-        cells += [f"{measured[schedule]['device_busy_fraction']:.1%}", f"{error[schedule]['device_busy_fraction']:+.1f}"]
+        cells += [
+            f"{measured[schedule]['device_busy_fraction']:.1%}",
+            f"{error[schedule]['device_busy_fraction']:+.1f}",
+        ]
     cells += [f"{_gain(point, 'measured'):+.1%}", f"{_gain(point, 'predicted'):+.1%}"]
     return f"| {' | '.join(cells)} |"
 

@@ -80,5 +80,3 @@ def _driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
-
-

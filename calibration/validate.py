@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from batchsim.engine import Window, batcher_of, simulate, steady_step, with_gains
 from batchsim.errors import RunError
 from batchsim.metrics import Metrics
 from batchsim.model import MODELS
+from batchsim.operations import HOST_PHASES
 from batchsim.profile import Profile
 from batchsim.records import Span
 from batchsim.result import Run, ScheduleResult
 from batchsim.scenario import Scenario
 from batchsim.schedules import SCHEDULES
+from calibration.cells import Cell, Samples, read_samples
 from calibration.executor import Decoder, Executor, build
+from calibration.fit import QUANTILES
 from calibration.provenance import host_yardstick_ns, provenance
 
 Progress = Callable[[float], None]
 WARM_UP_TOKENS = 24
 # On a GPU a decoder is built with room for scenarios to come.
 ROOMY_TOKENS, ROOMY_LEN = 8192, 9472
+# The cell that tells the host's speed: the one of about this many requests, and how often it is run.
+PROBE_SEQS, PROBE_RUNS = 32, 4
 
 
 class Bench:
@@ -79,8 +86,6 @@ class Bench:
         return max(int(((free - weight_bytes) * 0.8 - (6 << 30)) / block_bytes), 0)
 
 
-
-
 def validate(
     scenario: Scenario,
     profile: Profile,
@@ -92,7 +97,8 @@ def validate(
 ) -> tuple[Run, Run]:
     """(predicted, measured): simulate `scenario` at the costs of `profile`, and execute it on `device`.
 
-    Schedules are interleaved over `repeats`; of each schedule the repeat with the median throughput counts.
+    The profile's host costs are scaled by the speed that this host shows at the moment (`host_speed`). Schedules are
+    interleaved over `repeats`; of each schedule the repeat with the median throughput counts.
     """
     bench = bench or Bench(device)
     yardstick = host_yardstick_ns()
@@ -101,6 +107,7 @@ def validate(
     warm = scenario.workload.model_copy(update={"output_len": min(scenario.workload.output_len, WARM_UP_TOKENS)})
     for schedule in scenario.schedules:
         executor.run(SCHEDULES[schedule](), batcher_of(scenario.model_copy(update={"workload": warm}), num_kv_blocks))
+    speed = host_speed(executor, profile, num_kv_blocks)
     for repeat in range(repeats):
         for position, schedule in enumerate(scenario.schedules):
             batcher = batcher_of(scenario, num_kv_blocks)
@@ -128,11 +135,42 @@ def validate(
         provenance=facts
         | {
             "repeats_tokens_per_s": spread,
+            "host_speed": round(speed, 4),
             "host_yardstick_ns": yardstick,
             "same_machine_as_profile": _same_machine(facts, profile),
         },
     )
-    return simulate(scenario, profile), executed
+    here = scenario.model_copy(update={"host_speed": scenario.host_speed * speed})
+    return replace(simulate(here, profile), scenario=executed.scenario), executed
+
+
+def host_speed(executor: Executor, profile: Profile, num_kv_blocks: int) -> float:
+    """Speed of this host relative to the profile's: one cell of the calibration, run again here and now.
+
+    The ratio of what a step's host phases took then, summed over the schedules, to what they take. It says
+    nothing of the scenario to be predicted: the cell is the same for all.
+    """
+    then = now = 0.0
+    for schedule in SCHEDULES:
+        cells = [entry for entry in profile.cells if _probes(entry["cell"], schedule, executor.graphs)]
+        if not cells:
+            continue
+        entry = min(cells, key=lambda entry: (abs(entry["cell"]["num_seqs"] - PROBE_SEQS), entry["cell"]["context"]))
+        cell = Cell(**entry["cell"])
+        samples: Samples = {}
+        for _ in range(PROBE_RUNS):
+            batcher = cell.batcher(block_size=executor.decoder.block_size, num_kv_blocks=num_kv_blocks)
+            for stage, values in read_samples(executor.run(SCHEDULES[schedule](), batcher).spans).items():
+                samples.setdefault(stage, []).extend(values)
+        for phase in HOST_PHASES:
+            if phase in entry["stages"] and phase in samples and phase != "wait":
+                then += entry["stages"][phase]["quantiles_ns"][QUANTILES.index(0.5)]
+                now += float(np.median(samples[phase]))
+    return then / now if now else 1.0
+
+
+def _probes(cell: dict[str, Any], schedule: str, graphs: bool) -> bool:
+    return cell["schedule"] == schedule and cell["graphs"] == graphs and not cell["chunk"]
 
 
 def _same_machine(facts: dict[str, Any], profile: Profile) -> bool:

@@ -58,7 +58,9 @@ class KnownMachine:
         if self.graphs and not batch.prefill_tokens:
             return (Burst((round(20_000 * self.factor),), (round(device),)),)
         launch = round(6_000 * self.factor * self.random.uniform(0.95, 1.05))
-        return KERNELS.bursts(0 if batch.prefill_tokens else rows, launch, device, 0.0 if batch.prefill_tokens else 0.15)
+        return KERNELS.bursts(
+            0 if batch.prefill_tokens else rows, launch, device, 0.0 if batch.prefill_tokens else 0.15
+        )
 
 
 def spans_of(costs: object, batcher: ContinuousBatcher, schedule: str) -> tuple[list[Span], ScheduleResult]:

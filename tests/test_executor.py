@@ -14,6 +14,7 @@ from batchsim.model import MODELS
 from batchsim.records import Span
 from batchsim.schedules import SCHEDULES
 from calibration.executor import Decoder, Execution, Executor, prompt_tokens
+from calibration.executor.inputs import InputBuilder
 from calibration.executor.reference import greedy
 
 NUM_BLOCKS = 64
@@ -157,3 +158,30 @@ def test_sizes_that_the_kernels_do_not_handle_are_refused() -> None:
             MODELS["tiny"], device="cpu", dtype=torch.float32, seed=0, num_kv_blocks=4, block_size=24, max_num_seqs=1,
             max_num_batched_tokens=8, max_model_len=16,
         )  # fmt: skip
+
+
+def test_a_line_does_not_pass_tokens_on_to_its_next_owner() -> None:
+    """One line, two requests: the wasted token of the first is in flight while the second begins on its line."""
+    decoder = Decoder(
+        MODELS["tiny"], device="cpu", dtype=torch.float32, seed=3, num_kv_blocks=4, max_num_seqs=1,
+        max_num_batched_tokens=8, max_model_len=32,
+    )  # fmt: skip
+    builder = InputBuilder(decoder)
+    batcher = batcher_of([Request(7, 10, 1, scheduled=10), Request(8, 12, 4, scheduled=12)], decoder)
+    batches = [batcher.schedule(), batcher.schedule()]
+    assert batches[0] and batches[1]
+    first = builder.build(batches[0], 0, None)
+    wasted = builder.build(batches[1], 1, first)
+    assert decoder.buffers.host(1, wasted.geometry).carry.tolist() == [decoder.buffers.carry_index(0)]
+    builder.read(first, np.array([5]))
+    for request in batcher.update(batches[0]):
+        builder.retire(request)
+    after = batcher.schedule()
+    assert after
+    plan = builder.build(after, 0, wasted)
+    inputs = decoder.buffers.host(0, plan.geometry)
+    own = prompt_tokens(3, np.array([8]), np.array([12]), decoder.shape.vocab_size).tolist()
+    assert (inputs.carry.tolist(), inputs.tokens.tolist(), inputs.seq_lens.tolist()) == ([-1], own, [13])
+    ids, _ = builder.read(wasted, np.array([9]))
+    assert len(ids) == 0
+    assert builder.last_token.tolist() == own

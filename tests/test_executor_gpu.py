@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 
 from batchsim.batching.continuous import ContinuousBatcher, Request
 from batchsim.model import ModelShape
@@ -256,7 +257,7 @@ def test_kernels_per_forward_are_those_that_a_profiler_sees() -> None:
         with torch.profiler.profile(activities=activities) as profile:
             decoder.forward(0, geometry)
             torch.cuda.synchronize()
-    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
     names = [name for name in on_device if "Mem" not in name and "Sync" not in name]
     if not names:
         pytest.skip("the profiler sees no kernels on this machine")

@@ -133,7 +133,9 @@ def test_laws_of_the_machine(
 def test_a_full_launch_queue_blocks_the_host() -> None:
     forward = [Burst((1,), (100,))] * 8
     steps = uniform_requests(1, 1, 3)
-    free = run("sync", ContinuousBatcher(steps, max_num_seqs=1, max_num_batched_tokens=1), FixedCosts(forward=[forward]))
+    free = run(
+        "sync", ContinuousBatcher(steps, max_num_seqs=1, max_num_batched_tokens=1), FixedCosts(forward=[forward])
+    )
     steps = uniform_requests(1, 1, 3)
     tight_costs = FixedCosts(forward=[forward])
     tight = run(

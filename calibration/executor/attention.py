@@ -17,10 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from calibration.executor.buffers import Inputs
+from calibration.executor.launch import kernel
 
 LOG2_E = math.log2(math.e)
 
 
+@kernel
 @triton.jit
 def _decode_kernel(
     qkv, cache, value_offset, tables, lines, seq_lens, out, partial, sums,
@@ -76,6 +78,7 @@ def _decode_kernel(
         tl.store(sums + at, top + tl.log2(total), mask=member < PER_KV)
 
 
+@kernel
 @triton.jit
 def _combine_kernel(seq_lens, partial, sums, out, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
     """Weigh the shares of one (sequence, head) by their sums of exponentials."""
@@ -110,7 +113,7 @@ def decode_attention(qkv: Tensor, inputs: Inputs, rows: int, tables: Tensor, cac
     _decode_kernel[(rows, kv_heads, splits)](
         qkv, cache, cache.stride(0), tables, inputs.lines, inputs.seq_lens, out, partial, sums,
         WIDTH=tables.shape[1], HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page,
-        GROUP=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK=64 if half_width else 32, SPLITS=splits,
+        GROUP=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK=max(32, 8192 // dim) if half_width else 32, SPLITS=splits,
         SCALE=LOG2_E / math.sqrt(dim), PRECISION=_precision(cache), num_warps=4, num_stages=3 if half_width else 1,
     )  # fmt: skip
     if splits > 1:
@@ -119,6 +122,7 @@ def decode_attention(qkv: Tensor, inputs: Inputs, rows: int, tables: Tensor, cac
         )
 
 
+@kernel
 @triton.jit
 def _prefill_kernel(
     qkv, cache, value_offset, tables, lines, seq_lens, starts, tiles, out,

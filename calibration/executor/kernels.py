@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calibration.executor.attention import decode_attention, prefill_attention
 from calibration.executor.buffers import Inputs
+from calibration.executor.launch import kernel
 
 __all__ = ["add_norm", "begin", "decode_attention", "end", "prefill_attention", "rope_cache", "swiglu"]
 
@@ -27,6 +28,7 @@ def _normed(x, weight, cols, live, HIDDEN: tl.constexpr, EPS: tl.constexpr):
     return x * tl.rsqrt(mean + EPS) * tl.load(weight + cols, mask=live, other=0.0).to(tl.float32)
 
 
+@kernel
 @triton.jit
 def _begin_kernel(
     tokens, carry, sampled, stamp, embedding, weight, residual, out,
@@ -57,6 +59,7 @@ def begin(inputs: Inputs, sampled: Tensor, slot: int, embedding: Tensor, weight:
     )  # fmt: skip
 
 
+@kernel
 @triton.jit
 def _end_kernel(stamp, STAMP: tl.constexpr):
     if STAMP:
@@ -73,6 +76,7 @@ def end(sampled: Tensor, slot: int) -> None:
     stamp(sampled[slot, 1:])
 
 
+@kernel
 @triton.jit
 def _add_norm_kernel(x, residual, weight, out, HIDDEN: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -94,6 +98,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tenso
     )
 
 
+@kernel
 @triton.jit
 def _rope_cache_kernel(
     qkv, positions, slots, cos, sin, cache, value_offset,
@@ -141,6 +146,7 @@ def rope_cache(qkv: Tensor, inputs: Inputs, cos: Tensor, sin: Tensor, cache: Ten
     )  # fmt: skip
 
 
+@kernel
 @triton.jit
 def _swiglu_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

@@ -35,7 +35,7 @@ class Kernel:
         return launch
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple[Tensor | int, ...], constants: dict[str, Any]) -> None:
-        if self._interpreted or knobs.runtime.launch_enter_hook is not None:
+        if self._interpreted or getattr(knobs.runtime.launch_enter_hook, "calls", None):
             self.function[grid](*arguments, **constants)
             return
         words: list[int] = []
