@@ -30,7 +30,7 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests/benchmarks
+	$(BIN)/python -m pytest -o python_files='bench_*.py' tests/benchmarks
 
 schema: $(VENV)/installed
 	$(BIN)/batchsim schema > scenarios/scenario.schema.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 
 from batchsim import __version__
 from batchsim.batching.continuous import ContinuousBatcher, Request, uniform_requests
@@ -21,25 +22,39 @@ WINDOW_STEPS = 6
 
 
 class Window:
-    """An observer that keeps the spans of a few steady steps: those from `first_step` on, or else the last ones."""
+    """An observer that keeps the spans of `WINDOW_STEPS` whole steps: those from `first_step` on, or else the last.
+
+    A step lasts from the host's decision of it to the next one; the spans are all that fall into that time, even in
+    part. Spans may come as `Metrics` takes them.
+    """
 
     def __init__(self, first_step: int) -> None:
         self._end = first_step + WINDOW_STEPS
+        self._decisions: deque[int] = deque(maxlen=WINDOW_STEPS + 1)
         self._spans: deque[Span] = deque()
         self._closed = False
 
     def __call__(self, span: Span) -> None:
         if self._closed:
             return
-        if span.step > self._end:
-            self._closed = True
-            return
-        self._spans.append(span)
-        while self._spans[0].step < span.step - WINDOW_STEPS:
-            self._spans.popleft()
+        spans, decisions = self._spans, self._decisions
+        if span.stage == "schedule" and span.step >= 0:
+            if span.step <= self._end:
+                decisions.append(span.start_ns)
+            # By now all that began before the end of the window is over, and has been told of.
+            self._closed = span.step >= self._end + WINDOW_STEPS
+            while spans and spans[0].end_ns <= decisions[0]:
+                spans.popleft()
+        spans.append(span)
 
     def spans(self) -> tuple[Span, ...]:
-        return tuple(sorted(self._spans, key=lambda span: (span.start_ns, span.end_ns)))
+        """The window's spans, by start."""
+        decisions = list(self._decisions)
+        whole = len(decisions) > WINDOW_STEPS
+        first = decisions[0] if decisions else 0
+        last = decisions[-1] if whole else inf
+        inside = (span for span in self._spans if span.end_ns > first and span.start_ns < last)
+        return tuple(sorted(inside, key=lambda span: (span.start_ns, span.end_ns)))
 
 
 def requests_of(scenario: Scenario) -> list[Request]:

@@ -20,7 +20,6 @@ from batchsim.batching.continuous import Batch
 from batchsim.errors import InputError
 from batchsim.machine import Burst, Latencies
 
-SCHEMA_VERSION = 1
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -45,16 +44,11 @@ class PhaseFit(_Model):
     outlier_ns: NonNegativeFloat
     residuals: dict[str, FiniteFloat]
 
-    def mean_ns(self, batch: Batch | None) -> float:
-        """Expected host time for `batch` (None: a scheduling call that found nothing to run)."""
-        if batch is None:
-            return self.step_ns
-        return (
-            self.step_ns
-            + self.seq_ns * batch.num_seqs
-            + self.prefill_token_ns * batch.prefill_tokens
-            + self.admitted_ns * batch.admitted
-        )
+    def mean_ns(self, num_seqs: int, prefill_tokens: int = 0, admitted: int = 0) -> float:
+        """Expected host time for a batch of `num_seqs` sequences, `admitted` of them new to it."""
+        linear = self.step_ns + self.seq_ns * num_seqs
+        linear += self.prefill_token_ns * prefill_tokens + self.admitted_ns * admitted
+        return linear * sum(self.ratios) / len(self.ratios)
 
 
 class LoopFit(_Model):
@@ -72,33 +66,39 @@ class LoopFit(_Model):
 
 
 class DecodeCurve(_Model):
-    """Device time of a decode forward padded to `size` rows, at increasing sums of the rows' contexts."""
+    """Device time of a decode forward padded to `size` rows, by the sum of the rows' contexts."""
 
     size: PositiveInt
     kv_tokens: Annotated[list[int], Field(min_length=2)]
     ns: Annotated[list[Positive], Field(min_length=2)]
 
-    def at(self, kv_tokens: int) -> float:
-        """Piecewise linear; beyond the ends the last segment goes on."""
-        i = min(max(bisect_right(self.kv_tokens, kv_tokens), 1), len(self.kv_tokens) - 1)
-        (x0, x1), (y0, y1) = self.kv_tokens[i - 1 : i + 1], self.ns[i - 1 : i + 1]
-        return y0 + (y1 - y0) * (kv_tokens - x0) / (x1 - x0)
-
-    def slope(self) -> float:
-        """Nanoseconds that one more token of context costs, over the whole curve."""
-        return (self.ns[-1] - self.ns[0]) / (self.kv_tokens[-1] - self.kv_tokens[0])
+    def at(self, kv_tokens: float) -> float:
+        """Nanoseconds; piecewise linear, the end segments going on."""
+        return _line(kv_tokens, self.kv_tokens, self.ns)
 
 
 class PrefillFit(_Model):
-    """Device time of a forward with prompt tokens: `ns` at `num_tokens` new tokens, and more for attention."""
+    """Device time of a forward with prompt tokens: `ns` at `num_tokens` new tokens, and more for attention.
 
+    Prompts add `pair_ns` for each (query, key) pair, counted in whole tiles of `tile` queries, and `depth_ns` for each
+    token of the longest, which one tile has to go through alone; decoding rows beside them add `mixed_ns` once,
+    `row_ns` each and `kv_ns` for each token of their contexts.
+    """
+
+    tile: PositiveInt
     num_tokens: Annotated[list[int], Field(min_length=2)]
-    ns: Annotated[list[Positive], Field(min_length=2)]
+    ns: Annotated[list[NonNegativeFloat], Field(min_length=2)]
     pair_ns: NonNegativeFloat
+    depth_ns: NonNegativeFloat
+    mixed_ns: NonNegativeFloat
+    row_ns: NonNegativeFloat
+    kv_ns: NonNegativeFloat
     residuals: dict[str, FiniteFloat]
 
-    def at(self, num_tokens: int, pairs: int) -> float:
-        return float(_line(num_tokens, self.num_tokens, self.ns)) + self.pair_ns * pairs
+    def at(self, num_tokens: int, pairs: int, depth: int, decodes: int, kv_tokens: int) -> float:
+        """Nanoseconds of a forward of `num_tokens` new tokens, `decodes` of them of decoding rows."""
+        ns = _line(num_tokens, self.num_tokens, self.ns) + self.pair_ns * pairs + self.depth_ns * depth
+        return ns + self.mixed_ns + self.row_ns * decodes + self.kv_ns * kv_tokens if decodes else ns
 
 
 class DeviceFit(_Model):
@@ -169,14 +169,9 @@ class Profile(_Model):
     host_yardstick_ns: Positive
     kernels: KernelCounts
     loops: dict[str, LoopFit]
-    device: dict[str, DeviceFit]
+    device: DeviceFit
     copies: list[dict[str, Any]]
     cells: list[dict[str, Any]]
-
-    def graph_size(self, num_seqs: int) -> int:
-        """The captured batch size that a decode batch of `num_seqs` is padded to."""
-        sizes = [curve.size for curve in next(iter(self.device.values())).decode]
-        return next((size for size in sizes if size >= num_seqs), sizes[-1])
 
 
 def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -250,7 +245,7 @@ class ProfileCosts:
         replication: int = 0,
     ) -> None:
         self.loop = profile.loops[f"{schedule}/{'graph' if graphs else 'eager'}"]
-        self.device = profile.device[schedule]
+        self.device = profile.device
         self.graphs = graphs
         self._extrapolated: dict[str, tuple[int, int]] = {}
         self._scale = 1 / host_speed
@@ -271,7 +266,7 @@ class ProfileCosts:
         """See `batchsim.machine.Costs`."""
         return self._host_time(phase, self.loop.phases[phase], batch)
 
-    def copy_ns(self, phase: str, batch: Batch) -> int:
+    def copy_ns(self, phase: str, batch: Batch) -> int:  # noqa: ARG002
         """See `batchsim.machine.Costs`."""
         return self.loop.copy_in_device_ns if phase == "copy_in" else self.loop.copy_out_device_ns
 
@@ -283,7 +278,7 @@ class ProfileCosts:
         launch_ns = self._host_time("kernel_launch", self.loop.kernel_launch, None)
         if batch.prefill_tokens:
             # The LM head, over the sampled rows alone, is next to nothing beside the prompts' tokens.
-            rows = batch.num_seqs if batch.kv_tokens else 0
+            rows = batch.num_tokens - batch.prefill_tokens
             return self._kernels.bursts(rows, launch_ns, self.prefill_ns(batch), 0.0)
         device_ns = self.decode_ns(batch) * self.device.eager_factor
         return self._kernels.bursts(self._curve(batch.num_seqs).size, launch_ns, device_ns, self.device.outer_share)
@@ -302,9 +297,8 @@ class ProfileCosts:
         fit = self.device.prefill
         if batch.num_tokens > fit.num_tokens[-1]:
             self._note(f"prefill (measured up to {fit.num_tokens[-1]} tokens)", batch.num_tokens)
-        ns = fit.at(batch.num_tokens, batch.prefill_pairs)
-        if batch.kv_tokens:
-            ns += self._curve(batch.num_seqs).slope() * batch.kv_tokens
+        decodes = batch.num_tokens - batch.prefill_tokens
+        ns = fit.at(batch.num_tokens, batch.prefill_pairs(fit.tile), batch.prefill_depth, decodes, batch.kv_tokens)
         return round(ns * self._ratio("prefill", self.device.prefill_ratios))
 
     def _curve(self, num_seqs: int) -> DecodeCurve:
@@ -330,4 +324,9 @@ class ProfileCosts:
         return self._draws[name].next()
 
     def _host_time(self, name: str, fit: PhaseFit, batch: Batch | None) -> int:
-        return round(fit.mean_ns(batch) * self._ratio(name, fit.ratios) * self._scale)
+        ns = fit.step_ns
+        if batch is not None:  # None: a scheduling call that found nothing to run
+            ns += fit.seq_ns * batch.num_seqs
+            if batch.prefill_tokens:
+                ns += fit.prefill_token_ns * batch.prefill_tokens + fit.admitted_ns * batch.admitted
+        return round(ns * self._ratio(name, fit.ratios) * self._scale)

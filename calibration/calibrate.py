@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,33 +25,38 @@ from calibration.cells import Cell, Samples, plan, read_samples
 from calibration.copies import measure_copies
 from calibration.executor import Decoder, Executor, build
 from calibration.fit import fit_profile
-from calibration.provenance import host_yardstick_ns, provenance
+from calibration.provenance import QuietCore, host_yardstick_ns, provenance
 
 Progress = Callable[[float, str], None]
 BLOCK_SIZE = 16
 
 # Batch sizes that are captured as graphs; other batches are padded to the next one.
-GRAPH_SIZES = (1, 2, 6, 10, 16, 20, 32, 40, 64, 80, 112, 128, 160, 208, 256)
+GRAPH_SIZES = (1, 2, 5, 8, 11, 16, 20, 26, 32, 40, 52, 64, 80, 104, 128, 160, 200, 256)
 MAX_CONTEXT = 9216
 PREFILL_TOKENS = (320, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
-ROUNDS = 3
+ROUNDS = 2
+# Host times of a run do not count when a fixed piece of work beside it took so many times its shortest.
+DISTURBED = 1.25
+DEVICE_SAMPLES = ("prefill", "decode", "device_copy_in", "device_copy_out", "gap")
 
 
 def calibrate(
-    model: str, device: str, out: Path, *, resume: bool = False, progress: Progress | None = None, rounds: int = ROUNDS
-) -> Profile:
+    model: str, device: str, out: Path, *, resume: bool = False, keep_samples: bool = False,
+    progress: Progress | None = None, rounds: int = ROUNDS,
+) -> Profile:  # fmt: skip
     """Measure `model` on `device` (`cuda` or `cpu`), write the profile to `out` and return it.
 
     What has been measured is kept in `out` with the suffix `.partial` while the calibration runs, so that an
-    interrupted one loses nothing; `resume` goes on from there.
+    interrupted one loses nothing; `resume` goes on from there. `keep_samples` keeps it afterwards, too.
 
     Raises:
         RunError: no such device, or a partial file of another model or machine.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("no CUDA device was found; calibrate on a machine with one, or use --device cpu")
+    if device == "cpu":
+        torch.set_num_threads(1)  # the model is tiny: threads would mostly wait for each other
     shape = MODELS[model]
-    yardstick = host_yardstick_ns()
     facts = provenance(device, f"batchsim calibrate --device {device} --model {model}")
     settings = _settings(shape, device)
     cells = plan(
@@ -72,28 +78,33 @@ def calibrate(
         graph_sizes=settings["graph_sizes"],
     )
     executors = {True: executor, False: Executor(executor.decoder, graphs=False)}
-    try:
-        for fraction, cell in store.pending(cells, rounds):
-            if progress is not None:
-                progress(fraction, cell.key)
-            batcher = cell.batcher(block_size=BLOCK_SIZE, num_kv_blocks=settings["num_kv_blocks"])
-            spans = executors[cell.graphs].run(SCHEDULES[cell.schedule](), batcher).spans
-            store.add(cell, read_samples(spans))
-    finally:
-        store.save()
+    with QuietCore(move=device == "cuda") as core:
+        try:
+            for fraction, cell in store.pending(cells, rounds):
+                if progress is not None:
+                    progress(fraction, cell.key)
+                batcher = cell.batcher(block_size=BLOCK_SIZE, num_kv_blocks=settings["num_kv_blocks"])
+                before = core.settle()
+                spans = executors[cell.graphs].run(SCHEDULES[cell.schedule](), batcher).spans
+                store.add(cell, read_samples(spans, cell), max(before, host_yardstick_ns(5) / core.best_ns))
+        finally:
+            store.save()
     measured = store.measured(cells)
+    facts |= {"runs": len(store.runs), "disturbed_runs": store.disturbed()}
     profile = fit_profile(
         measured,
         name=out.stem,
         model=model,
         facts=facts,
         device_memory_bytes=settings["device_memory_bytes"],
-        yardstick_ns=yardstick,
+        yardstick_ns=core.best_ns,
         kernels=kernel_counts(executor.decoder),
+        tile=executor.decoder.prefill_tile,
         copies=measure_copies() if device == "cuda" else [],
     )
     write_text(out, profile.model_dump_json(indent=1) + "\n")
-    partial.unlink(missing_ok=True)
+    if not keep_samples:
+        partial.unlink(missing_ok=True)
     return profile
 
 
@@ -135,14 +146,14 @@ def _settings(shape: ModelShape, device: str) -> dict[str, Any]:
 
 
 class _Store:
-    """Samples measured so far, saved now and then."""
+    """Runs measured so far (cell, samples, slowness of the host beside it), saved now and then."""
 
     SAVE_EVERY_S = 10.0
 
     def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool) -> None:
         self.path = path
         self.identity = identity
-        self.runs: list[tuple[str, Samples]] = []
+        self.runs: list[tuple[str, Samples, float]] = []
         self._saved_s = time.monotonic()
         if resume and path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -150,23 +161,20 @@ class _Store:
                 raise RunError(
                     f"{path}: was measured for {content['identity']}, not {identity}; remove it to start anew"
                 )
-            self.runs = [(key, samples) for key, samples in content["runs"]]
+            self.runs = [(key, samples, slowness) for key, samples, slowness in content["runs"]]
 
     def pending(self, cells: list[Cell], rounds: int) -> Iterator[tuple[float, Cell]]:
         """(fraction done, cell) for every run still to do; each round visits all cells in an order of its own."""
-        done: dict[str, int] = {}
-        for key, _ in self.runs:
-            done[key] = done.get(key, 0) + 1
+        done = Counter(key for key, _, _ in self.runs)
         for round_ in range(rounds):
             order = sorted(cells, key=lambda cell: cell.key)
             random.Random(round_).shuffle(order)
             for i, cell in enumerate(order):
-                if done.get(cell.key, 0) > round_:
-                    continue
-                yield (round_ + i / len(order)) / rounds, cell
+                if done[cell.key] <= round_:
+                    yield (round_ + i / len(order)) / rounds, cell
 
-    def add(self, cell: Cell, samples: Samples) -> None:
-        self.runs.append((cell.key, samples))
+    def add(self, cell: Cell, samples: Samples, slowness: float) -> None:
+        self.runs.append((cell.key, samples, slowness))
         if time.monotonic() - self._saved_s > self.SAVE_EVERY_S:
             self.save()
 
@@ -174,10 +182,20 @@ class _Store:
         write_text(self.path, json.dumps({"identity": self.identity, "runs": self.runs}, separators=(",", ":")))
         self._saved_s = time.monotonic()
 
+    def disturbed(self) -> int:
+        return sum(slowness > DISTURBED for _, _, slowness in self.runs)
+
     def measured(self, cells: list[Cell]) -> dict[Cell, Samples]:
+        """All samples of each cell; host times of disturbed runs only where a cell has no others."""
+        least: dict[str, float] = {}
+        for key, _, slowness in self.runs:
+            least[key] = min(slowness, least.get(key, slowness))
         by_key: dict[str, Samples] = {}
-        for key, samples in self.runs:
+        for key, samples, slowness in self.runs:
             merged = by_key.setdefault(key, {})
             for stage, values in samples.items():
-                merged.setdefault(stage, []).extend(values)
+                # A forward that the host feeds kernel by kernel is as long as the host makes it.
+                device = stage in DEVICE_SAMPLES and "/eager/decode" not in key
+                if device or slowness <= max(DISTURBED, least[key]):
+                    merged.setdefault(stage, []).extend(values)
         return {cell: by_key[cell.key] for cell in cells if cell.key in by_key}

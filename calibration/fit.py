@@ -28,11 +28,11 @@ LOOP_PHASES = ("schedule", "build_inputs", "copy_in", "copy_out", "record", "str
 PROMPT_PHASES = ("schedule", "build_inputs", "update")
 
 
-def split_outliers(samples: Sequence[float]) -> tuple[Floats, Floats]:
-    """(kept, outliers), nanoseconds; the bound is at least twice the median."""
+def split_outliers(samples: Sequence[float], least: float = 5.0) -> tuple[Floats, Floats]:
+    """(kept, outliers), nanoseconds; the bound is at least `least` times the median."""
     values = np.asarray(samples, dtype=np.float64)
     low, middle, high = np.percentile(values, (25, 50, 75))
-    bound = max(middle + OUTLIER_RANGES * (high - low), 2 * middle)
+    bound = max(middle + OUTLIER_RANGES * (high - low), least * middle)
     return values[values <= bound], values[values > bound]
 
 
@@ -75,7 +75,7 @@ def fit_phase(cells: Iterable[tuple[Cell, Sequence[float]]], *, per_batch: bool 
 
 def _features(cell: Cell) -> list[float]:
     if cell.chunk:
-        return [1.0, cell.num_seqs, cell.num_tokens, cell.num_seqs]
+        return [1.0, cell.num_seqs + cell.decodes, cell.num_seqs * cell.chunk, cell.num_seqs]
     return [1.0, cell.num_seqs, 0.0, 0.0]
 
 
@@ -84,8 +84,8 @@ def fit_loop(
 ) -> LoopFit:
     """Host phases and fixed delays of one loop.
 
-    A delay that this loop never shows (a busy device
-    hides the launch latency, an idle one the gap) is taken from the loop `like`.
+    A delay that this loop never shows (a busy device hides the launch latency, an idle one the gap) is taken from
+    the loop `like`; so is what prompts add to a phase.
     """
     own = {c: s for c, s in measured.items() if c.schedule == schedule and c.graphs == graphs and not c.chunk}
     prefill = {c: s for c, s in measured.items() if c.chunk}
@@ -99,12 +99,11 @@ def fit_loop(
             sync = like.phases[phase]
             added = {"prefill_token_ns": sync.prefill_token_ns, "admitted_ns": sync.admitted_ns}
             phases[phase] = phases[phase].model_copy(update=added)
-    launches = [(c, s["launch"]) for c, s in own.items()]
     if graphs:
-        phases["launch"] = fit_phase(launches)
-        eager = {c: s for c, s in measured.items() if c.schedule == schedule and not c.graphs and not c.chunk}
-        launches = [(c, s["launch"]) for c, s in eager.items()]
-    per_kernel = [(cell, [ns / kernels.total(cell.num_seqs) for ns in samples]) for cell, samples in launches]
+        phases["launch"] = fit_phase([(c, s["launch"]) for c, s in own.items()])
+    # A kernel's launch is the same call in both schedules; measured apart they differ by noise alone.
+    eager = [(c, s["launch"]) for c, s in measured.items() if not c.graphs and not c.chunk]
+    per_kernel = [(cell, [ns / kernels.total(cell.num_seqs) for ns in samples]) for cell, samples in eager]
     gap = _median(own, "gap", like.gap_ns if like else 0)
     copy_in = _median(own, "device_copy_in", like.copy_in_device_ns if like else 0)
     copy_out = _median(own, "device_copy_out", like.copy_out_device_ns if like else 0)
@@ -133,30 +132,41 @@ def _median(cells: Measured, stage: str, default: int) -> int:
     return round(float(np.median(medians))) if medians else default
 
 
-def fit_device(measured: Measured, schedule: str, kernels: KernelCounts) -> DeviceFit:
-    """Device times of one schedule's forwards; prompts as measured in the sync loop."""
-    decode = [(c, split_outliers(s["decode"])[0]) for c, s in measured.items() if _is(c, schedule, graphs=True)]
-    sizes = sorted({cell.num_seqs for cell, _ in decode})
-    curves = []
-    for size in sizes:
-        points = sorted((c.kv_tokens, float(np.median(v))) for c, v in decode if c.num_seqs == size)
-        curves.append(DecodeCurve(size=size, kv_tokens=[x for x, _ in points], ns=[round(y, 1) for _, y in points]))
+def fit_device(measured: Measured, kernels: KernelCounts, tile: int) -> DeviceFit:
+    """Device times of forwards, of both schedules together: the device does the same work in either."""
+    decode = [(c, _device_times(s["decode"])) for c, s in measured.items() if c.graphs and not c.chunk]
+    points: dict[int, dict[int, list[Floats]]] = {}
+    for cell, times in decode:
+        points.setdefault(cell.num_seqs, {}).setdefault(cell.kv_tokens, []).append(times)
+    curves = [
+        DecodeCurve(
+            size=size,
+            kv_tokens=sorted(by_context),
+            ns=[round(float(np.concatenate(by_context[x]).mean()), 1) for x in sorted(by_context)],
+        )
+        for size, by_context in sorted(points.items())
+    ]
     by_size = {curve.size: curve for curve in curves}
     eager = [
         (c.num_seqs, s, by_size[c.num_seqs].at(c.kv_tokens))
         for c, s in measured.items()
-        if _is(c, schedule, graphs=False)
+        if not c.graphs and not c.chunk
     ]
     eager_factor, outer_share = _fit_eager(eager, kernels)
-    prefill_fit, prefill_ratios = _fit_prefill(measured, curves)
+    prefill_fit, prefill_ratios = _fit_prefill(measured, curves, tile)
     return DeviceFit(
         decode=curves,
         prefill=prefill_fit,
         eager_factor=eager_factor,
         outer_share=outer_share,
-        decode_ratios=bin_means(np.concatenate([v / np.median(v) for _, v in decode])),
+        decode_ratios=bin_means(np.concatenate([times / times.mean() for _, times in decode])),
         prefill_ratios=prefill_ratios,
     )
+
+
+def _device_times(samples: Sequence[float]) -> Floats:
+    """The samples without outliers; nothing on a device takes half as long again for a reason of its own."""
+    return split_outliers(samples, least=1.5)[0]
 
 
 def _fit_eager(eager: Sequence[tuple[int, Samples, float]], kernels: KernelCounts) -> tuple[float, float]:
@@ -179,12 +189,8 @@ def _fit_eager(eager: Sequence[tuple[int, Samples, float]], kernels: KernelCount
         ]
         return [*errors, 0.003 * (factor - 1)]
 
-    terms = least_squares(residuals, (1.0, 0.1), bounds=((0.8, 0.0), (2.0, 0.6)), diff_step=1e-3).x
+    terms = least_squares(residuals, (1.0, 0.1), bounds=((0.8, 0.0), (2.0, 0.6)), diff_step=(1e-3, 1e-3)).x
     return round(float(terms[0]), 4), round(float(terms[1]), 4)
-
-
-def _is(cell: Cell, schedule: str, *, graphs: bool) -> bool:
-    return cell.schedule == schedule and cell.graphs == graphs and not cell.chunk
 
 
 def _launch_bound(samples: Samples) -> bool:
@@ -192,30 +198,35 @@ def _launch_bound(samples: Samples) -> bool:
     return float(np.median(samples["launch"])) > 0.8 * float(np.median(samples["prefill"]))
 
 
-def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve]) -> tuple[PrefillFit, list[float]]:
-    """A base time for every number of tokens measured and one slope in the attention pairs, by least squares.
+def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve], tile: int) -> tuple[PrefillFit, list[float]]:
+    """A base time for every number of tokens measured and slopes for attention, by non-negative least squares.
 
     Forwards of few tokens are bound by their launches and are left out; their kernel time is that of a decode of
     as many rows with next to no context, as the graphs measured it.
     """
-    cells = [(c, split_outliers(s["prefill"])[0]) for c, s in measured.items() if c.chunk and not _launch_bound(s)]
-    if not cells:
-        cells = [(c, split_outliers(s["prefill"])[0]) for c, s in measured.items() if c.chunk]
+    every = [(c, s) for c, s in measured.items() if c.chunk]
+    cells = [(c, _device_times(s["prefill"])) for c, s in every if not _launch_bound(s)]
+    cells = cells or [(c, _device_times(s["prefill"])) for c, s in every]
     counts = sorted({cell.num_tokens for cell, _ in cells})
-    rows = np.zeros((len(cells), len(counts) + 1))
-    times = np.array([np.median(values) for _, values in cells])
+    rows = np.zeros((len(cells), len(counts) + 5))
+    times = np.array([values.mean() for _, values in cells])
     for i, (cell, _) in enumerate(cells):
         rows[i, counts.index(cell.num_tokens)] = 1.0
-        rows[i, -1] = cell.pairs
+        rows[i, -5:] = cell.pairs(tile), cell.context + cell.chunk, cell.decodes > 0, cell.decodes, cell.kv_tokens
     terms, _ = nnls(rows / times[:, None], np.ones(len(times)))
     fitted = rows @ terms
     base = {curve.size: max(curve.at(0), curve.ns[0] / 2) for curve in curves if curve.size < counts[0]}
     base |= {count: float(term) for count, term in zip(counts, terms, strict=False)}
-    ratios = np.concatenate([v / np.median(v) for _, v in cells])
+    ratios = np.concatenate([values / values.mean() for _, values in cells])
     fit = PrefillFit(
+        tile=tile,
         num_tokens=sorted(base),
         ns=[round(base[n], 1) for n in sorted(base)],
-        pair_ns=float(terms[-1]),
+        pair_ns=float(terms[-5]),
+        depth_ns=round(float(terms[-4]), 3),
+        mixed_ns=round(float(terms[-3]), 1),
+        row_ns=round(float(terms[-2]), 2),
+        kv_ns=round(float(terms[-1]), 4),
         residuals={c.key: round(float(f / t - 1), 4) for (c, _), f, t in zip(cells, fitted, times, strict=True)},
     )
     return fit, bin_means(ratios)
@@ -230,6 +241,7 @@ def fit_profile(
     device_memory_bytes: int,
     yardstick_ns: float,
     kernels: KernelCounts,
+    tile: int,
     copies: list[dict[str, Any]],
 ) -> Profile:
     """Fit everything a profile holds to the samples of the cells."""
@@ -249,7 +261,7 @@ def fit_profile(
         host_yardstick_ns=yardstick_ns,
         kernels=kernels,
         loops=loops,
-        device={schedule: fit_device(measured, schedule, kernels) for schedule in SCHEDULES},
+        device=fit_device(measured, kernels, tile),
         copies=copies,
         cells=[_summary(cell, samples) for cell, samples in measured.items()],
     )

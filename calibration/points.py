@@ -1,6 +1,7 @@
-"""Validation points: execute a list of them, and make the README's table from what was found.
+"""Validation points: execute a list of them, predict them again, and make the README's table from what was found.
 
 python -m calibration.points run calibration/validation/points.yaml --device cuda
+python -m calibration.points predict calibration/validation
 python -m calibration.points table calibration/validation
 """
 
@@ -16,16 +17,24 @@ import numpy as np
 import typer
 
 from batchsim.files import write_json
-from batchsim.profile import load_profile
+from batchsim.profile import Profile, load_profile
 from batchsim.result import validation_json
-from batchsim.scenario import Scenario
+from batchsim.scenario import FixedWorkload, Scenario
 from batchsim.yaml_loader import load as load_yaml
+from calibration.predict import predict_again
 
 PROFILES = {
     "llama-3.2-1b": "h200-llama-3.2-1b",
     "llama-3.2-3b": "h200-llama-3.2-3b",
     "llama-3.1-8b": "h200-llama-3.1-8b",
 }
+
+HEADER = """\
+| point | sync tokens/s | error | async tokens/s | error | busy sync | error | busy async | error | gain | predicted |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
+
+Folder = Annotated[Path, typer.Argument(help="Folder of points.")]
+Profiles = Annotated[Path | None, typer.Option(help="Folder of profiles in place of the shipped ones.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,7 +55,7 @@ def scenarios(path: Path) -> dict[str, Scenario]:
             kind="serving",
             name=name,
             profile=PROFILES[point["model"]],
-            workload={"kind": "fixed", "num_prompts": prompts, **lengths},  # type: ignore[arg-type]
+            workload=FixedWorkload(kind="fixed", num_prompts=prompts, **lengths),
             max_num_seqs=batch,
             **point,
         )
@@ -59,7 +68,7 @@ def run(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     out: Annotated[Path | None, typer.Option(help="Folder for one JSON a point; default: the list's own.")] = None,
     repeats: Annotated[int, typer.Option(help="Executions of each schedule.")] = 3,
-    profiles: Annotated[Path | None, typer.Option(help="Folder of profiles in place of the shipped ones.")] = None,
+    profiles: Profiles = None,
     only: Annotated[str, typer.Option(help="Only points whose name starts so.")] = "",
 ) -> None:
     """Execute and predict every point, and write one JSON object a point; points already there are kept."""
@@ -71,35 +80,33 @@ def run(
         target = folder / f"{name}.json"
         if target.exists() or not name.startswith(only):
             continue
-        profile = load_profile(scenario.profile if profiles is None else f"{profiles / scenario.profile}.json")
-        predicted, measured = validate(scenario, profile, device, repeats=repeats, bench=bench)
-        point = validation_json(predicted, measured)
-        write_json(target, point)
-        for schedule, error in point["error"].items():
-            typer.echo(
-                f"{name} {schedule}: {measured.results[schedule].throughput_tokens_per_s:,.0f} tokens/s measured, "
-                f"error {error['throughput_tokens_per_s']:+.1%}, busy {error['device_busy_fraction']:+.1f} points"
-            )
+        profile = _profile(scenario.profile, profiles)
+        _keep(target, validation_json(*validate(scenario, profile, device, repeats=repeats, bench=bench)))
 
 
 @app.command()
-def table(folder: Annotated[Path, typer.Argument(help="Folder of points.")]) -> None:
+def predict(folder: Folder, profiles: Profiles = None) -> None:
+    """Predict every point in `folder` again, at the host's speed beside its execution; keep what was measured."""
+    for path, point in _points(folder).items():
+        _keep(path, predict_again(point, _profile(point["profile"], profiles)))
+
+
+@app.command()
+def table(folder: Folder) -> None:
     """Print the table of all points in `folder`, and the summary above it, as Markdown."""
-    points = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    if not points:
-        raise typer.BadParameter(f"{folder} holds no points")
+    points = list(_points(folder).values())
     typer.echo(summary(points))
     typer.echo("")
-    typer.echo(
-        "| point | sync tokens/s | error | async tokens/s | error | busy sync | error | busy async | error | gain | predicted |"
-    )
-    typer.echo("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    typer.echo(HEADER)
     for point in sorted(points, key=_order):
         typer.echo(_row(point))
 
 
 def summary(points: Sequence[dict[str, Any]]) -> str:
-    """Median and worst of the errors over all points and schedules, and how often the gain's sign is right."""
+    """Median and worst of the errors over all points and schedules, and how often the gain's sign is right.
+
+    A stage's error is what it adds to the mean step, in percent of that.
+    """
     runs = [(point, schedule) for point in points for schedule in point["error"]]
     speed = np.abs([point["error"][schedule]["throughput_tokens_per_s"] for point, schedule in runs]) * 100
     busy = np.abs([point["error"][schedule]["device_busy_fraction"] for point, schedule in runs])
@@ -113,24 +120,49 @@ def summary(points: Sequence[dict[str, Any]]) -> str:
     stages: dict[str, list[float]] = {}
     for point, schedule in runs:
         predicted, measured = (point[side][schedule] for side in ("predicted", "measured"))
-        step = measured["step_ms"]["mean"]
+        step, counts = measured["step_ms"]["mean"], measured["counts"]
+        prefills = counts["prefill_steps"] / counts["steps"]
+        share = {"prefill": prefills, "decode": 1 - prefills}  # of the steps that have such a stage
         for stage, value in measured["stage_ms"].items():
-            stages.setdefault(stage, []).append((predicted["stage_ms"].get(stage, 0.0) - value) / step * 100)
-    lines.append("Stages, median and worst signed error in % of a step: ")
-    lines[-1] += "; ".join(
+            error = (predicted["stage_ms"].get(stage, 0.0) - value) * share.get(stage, 1.0)
+            stages.setdefault(stage, []).append(error / step * 100)
+    told = (
         f"{stage} {np.median(values):+.2f}, {max(values, key=abs):+.2f}" for stage, values in sorted(stages.items())
     )
+    lines.append(f"Stages, median and worst signed error in % of a step: {'; '.join(told)}")
     return "\n".join(lines)
+
+
+def _points(folder: Path) -> dict[Path, dict[str, Any]]:
+    points = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    if not points:
+        raise typer.BadParameter(f"{folder} holds no points")
+    return points
+
+
+def _profile(name: str, folder: Path | None) -> Profile:
+    return load_profile(name if folder is None else f"{folder / name}.json")
+
+
+def _keep(path: Path, point: dict[str, Any]) -> None:
+    """Write a point, and say how far off its prediction is."""
+    write_json(path, point)
+    for schedule, error in point["error"].items():
+        typer.echo(
+            f"{path.stem} {schedule}: {point['measured'][schedule]['throughput_tokens_per_s']:,.0f} tokens/s measured, "
+            f"error {error['throughput_tokens_per_s']:+.1%}, busy {error['device_busy_fraction']:+.1f} points"
+        )
 
 
 def _gain(point: dict[str, Any], side: str) -> float:
     return float(point[side]["async"]["gain_over_sync"])
 
 
-def _order(point: dict[str, Any]) -> tuple[bool, str, int, int]:
+def _order(point: dict[str, Any]) -> tuple[bool, int, int, int]:
+    """With graphs first; then by model, batch and prompt."""
     scenario = point["scenario"]
-    workload = scenario["workload"]
-    return not scenario["cuda_graphs"], scenario["model"][::-1], scenario["max_num_seqs"], workload["input_len"]
+    model = list(PROFILES).index(scenario["model"])
+    return not scenario["cuda_graphs"], model, scenario["max_num_seqs"], scenario["workload"]["input_len"]
 
 
 def _row(point: dict[str, Any]) -> str:

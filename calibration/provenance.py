@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def provenance(device: str, command: str) -> dict[str, Any]:
     return facts
 
 
-def host_yardstick_ns(repeats: int = 200) -> float:
+def host_yardstick_ns(repeats: int = 100) -> float:
     """Median time of a fixed piece of interpreter and numpy work, nanoseconds.
 
     The work is of the kind that a serving loop's host phases consist of; the ratio of two hosts' yardsticks
@@ -80,3 +80,39 @@ def _driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
+
+
+class QuietCore:
+    """Keeps the calling thread on a core that other programs leave alone, and puts it back at the end.
+
+    Virtual cores share physical ones with other tenants: the same work takes up to twice as long for seconds at a
+    time on one core, and not on another.
+    """
+
+    WORSE = 1.1
+
+    def __init__(self, *, move: bool = True) -> None:
+        """With `move` off the thread stays where the system puts it, and is only timed."""
+        self._cores = sorted(os.sched_getaffinity(0))
+        self._move = move
+        self.best_ns = host_yardstick_ns()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._move:
+            os.sched_setaffinity(0, self._cores)
+
+    def settle(self) -> float:
+        """Move to a quiet core if this one is not, and return how much slower than the best it is (1: not)."""
+        now = host_yardstick_ns(5)
+        if self._move and now > self.WORSE * self.best_ns:
+            found = []
+            for core in self._cores:
+                os.sched_setaffinity(0, {core})
+                found.append((host_yardstick_ns(5), core))
+            now, core = min(found)
+            os.sched_setaffinity(0, {core})
+        self.best_ns = min(self.best_ns, now)
+        return now / self.best_ns

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
-from batchsim.engine import Window, batcher_of, simulate, steady_step, with_gains
+from batchsim.engine import Window, batcher_of, steady_step, with_gains
 from batchsim.errors import RunError
 from batchsim.metrics import Metrics
 from batchsim.model import MODELS
@@ -19,17 +19,19 @@ from batchsim.records import Span
 from batchsim.result import Run, ScheduleResult
 from batchsim.scenario import Scenario
 from batchsim.schedules import SCHEDULES
-from calibration.cells import Cell, Samples, read_samples
+from calibration.cells import Cell, read_samples
 from calibration.executor import Decoder, Executor, build
-from calibration.fit import QUANTILES
-from calibration.provenance import host_yardstick_ns, provenance
+from calibration.fit import split_outliers
+from calibration.predict import predict
+from calibration.provenance import QuietCore, provenance
 
 Progress = Callable[[float], None]
 WARM_UP_TOKENS = 24
 # On a GPU a decoder is built with room for scenarios to come.
 ROOMY_TOKENS, ROOMY_LEN = 8192, 9472
-# The cell that tells the host's speed: the one of about this many requests, and how often it is run.
-PROBE_SEQS, PROBE_RUNS = 32, 4
+# The batch that tells the host's speed.
+PROBE_SEQS, PROBE_CONTEXT, PROBE_STEPS = 32, 32, 30
+MACHINE_KEYS = ("device", "driver", "host_cpu", "host_cores")
 
 
 class Bench:
@@ -38,7 +40,11 @@ class Bench:
     def __init__(self, device: str) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise RunError("no CUDA device was found; validate on a machine with one, or use --device cpu")
+        if device == "cpu":
+            # The model is tiny: threads would spend more time waiting for each other than computing.
+            torch.set_num_threads(1)
         self.device = device
+        self.core = QuietCore(move=device == "cuda")
         self._decoder: Decoder | None = None
         self._serves: tuple[Any, ...] = ()
 
@@ -48,8 +54,9 @@ class Bench:
         workload = scenario.workload
         length = workload.input_len + workload.output_len + 1
         running = min(workload.num_prompts, scenario.max_num_seqs)
-        blocks = running * -(-length // scenario.block_size) + 1
-        sizes = tuple(curve.size for curve in next(iter(profile.device.values())).decode)
+        probe = PROBE_SEQS * -(-(PROBE_CONTEXT + PROBE_STEPS + 1) // scenario.block_size)
+        blocks = max(running * -(-length // scenario.block_size), probe)
+        sizes = tuple(curve.size for curve in profile.device.decode)
         if self._decoder is not None:
             model, block_size, have_sizes, have_blocks, seqs, tokens, longest = self._serves
             fits = blocks <= have_blocks and running <= seqs and length <= longest
@@ -59,10 +66,11 @@ class Bench:
         if self._decoder is None:
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-            seqs = max(running, sizes[-1])
+            seqs = max(running, sizes[-1], PROBE_SEQS)
             block_bytes = shape.kv_bytes_per_token * scenario.block_size
             have_blocks = max(blocks, self._room(shape.parameters * shape.dtype_bytes, block_bytes))
-            tokens, longest = scenario.max_num_batched_tokens, length
+            tokens = max(scenario.max_num_batched_tokens, seqs)
+            longest = max(length, PROBE_CONTEXT + PROBE_STEPS + 1)
             if self.device == "cuda":
                 tokens, longest = max(tokens, ROOMY_TOKENS), max(longest, ROOMY_LEN)
             self._decoder = build(
@@ -97,82 +105,82 @@ def validate(
 ) -> tuple[Run, Run]:
     """(predicted, measured): simulate `scenario` at the costs of `profile`, and execute it on `device`.
 
-    The profile's host costs are scaled by the speed that this host shows at the moment (`host_speed`). Schedules are
-    interleaved over `repeats`; of each schedule the repeat with the median throughput counts.
+    Schedules are interleaved over `repeats`; of each the repeat with the median throughput counts. The profile's
+    host costs are scaled by the median of the speeds that this host showed before and after the repeats of both.
     """
     bench = bench or Bench(device)
-    yardstick = host_yardstick_ns()
     executor, num_kv_blocks = bench.executor(scenario, profile)
-    runs: dict[str, list[tuple[ScheduleResult, tuple[Span, ...]]]] = {name: [] for name in scenario.schedules}
     warm = scenario.workload.model_copy(update={"output_len": min(scenario.workload.output_len, WARM_UP_TOKENS)})
     for schedule in scenario.schedules:
         executor.run(SCHEDULES[schedule](), batcher_of(scenario.model_copy(update={"workload": warm}), num_kv_blocks))
-    speed = host_speed(executor, profile, num_kv_blocks)
+    runs: dict[str, list[_Repeat]] = {name: [] for name in scenario.schedules}
     for repeat in range(repeats):
         for position, schedule in enumerate(scenario.schedules):
+            bench.core.settle()
+            before = host_speed(executor, profile, schedule, num_kv_blocks)
             batcher = batcher_of(scenario, num_kv_blocks)
             execution = executor.run(SCHEDULES[schedule](), batcher)
+            after = host_speed(executor, profile, schedule, num_kv_blocks)
             metrics, window = Metrics(), Window(steady_step(scenario))
             for span in execution.spans:
                 metrics(span)
                 window(span)
-            runs[schedule].append((metrics.result(schedule, execution.total_ns, batcher), window.spans()))
+            result = metrics.result(schedule, execution.total_ns, batcher)
+            runs[schedule].append(_Repeat(result, window.spans(), (round(before, 4), round(after, 4))))
             if progress is not None:
                 progress((repeat + (position + 1) / len(scenario.schedules)) / repeats)
-    for measured in runs.values():
-        measured.sort(key=lambda run: run[0].throughput_tokens_per_s)
-    middle = {schedule: measured[len(measured) // 2] for schedule, measured in runs.items()}
-    facts = provenance(device, f"batchsim validate --device {device}")
-    spread = {
-        schedule: [round(result.throughput_tokens_per_s, 1) for result, _ in measured]
-        for schedule, measured in runs.items()
+    for repeated in runs.values():
+        repeated.sort(key=lambda run: run.result.throughput_tokens_per_s)
+    middle = {schedule: repeated[len(repeated) // 2] for schedule, repeated in runs.items()}
+    # Rounded as it is stored, so that what is stored gives the same prediction again.
+    speed = round(median(speed for repeated in runs.values() for run in repeated for speed in run.host_speeds), 4)
+    simulated = predict(scenario, profile, speed)
+    facts = provenance(device, f"batchsim validate --device {device}") | {
+        "host_speed": speed,
+        "repeats": {
+            schedule: [
+                {"tokens_per_s": round(run.result.throughput_tokens_per_s, 1), "host_speeds": run.host_speeds}
+                for run in repeated
+            ]
+            for schedule, repeated in runs.items()
+        },
     }
+    facts["same_machine_as_profile"] = all(facts.get(key) == profile.provenance.get(key) for key in MACHINE_KEYS)
     executed = Run(
         source="executed",
-        scenario=scenario.model_dump(mode="json"),
-        results=with_gains({schedule: result for schedule, (result, _) in middle.items()}),
-        windows={schedule: spans for schedule, (_, spans) in middle.items()},
-        provenance=facts
-        | {
-            "repeats_tokens_per_s": spread,
-            "host_speed": round(speed, 4),
-            "host_yardstick_ns": yardstick,
-            "same_machine_as_profile": _same_machine(facts, profile),
-        },
+        scenario=simulated.scenario,
+        results=with_gains({schedule: run.result for schedule, run in middle.items()}),
+        windows={schedule: run.window for schedule, run in middle.items()},
+        provenance=facts,
     )
-    here = scenario.model_copy(update={"host_speed": scenario.host_speed * speed})
-    return replace(simulate(here, profile), scenario=executed.scenario), executed
+    return simulated, executed
 
 
-def host_speed(executor: Executor, profile: Profile, num_kv_blocks: int) -> float:
-    """Speed of this host relative to the profile's: one cell of the calibration, run again here and now.
+@dataclass(frozen=True, slots=True)
+class _Repeat:
+    result: ScheduleResult
+    window: tuple[Span, ...]
+    host_speeds: tuple[float, float]
 
-    The ratio of what a step's host phases took then, summed over the schedules, to what they take. It says
-    nothing of the scenario to be predicted: the cell is the same for all.
+
+def host_speed(executor: Executor, profile: Profile, schedule: str, num_kv_blocks: int) -> float:
+    """Speed of this host at this moment, relative to the profile's, in one schedule's loop.
+
+    What the profile expects of the host phases of one small decode batch, over what they take here and now. The
+    batch is the same whatever the scenario to be predicted: this measures the host, not the scenario.
     """
-    then = now = 0.0
-    for schedule in SCHEDULES:
-        cells = [entry for entry in profile.cells if _probes(entry["cell"], schedule, executor.graphs)]
-        if not cells:
-            continue
-        entry = min(cells, key=lambda entry: (abs(entry["cell"]["num_seqs"] - PROBE_SEQS), entry["cell"]["context"]))
-        cell = Cell(**entry["cell"])
-        samples: Samples = {}
-        for _ in range(PROBE_RUNS):
-            batcher = cell.batcher(block_size=executor.decoder.block_size, num_kv_blocks=num_kv_blocks)
-            for stage, values in read_samples(executor.run(SCHEDULES[schedule](), batcher).spans).items():
-                samples.setdefault(stage, []).extend(values)
-        for phase in HOST_PHASES:
-            if phase in entry["stages"] and phase in samples and phase != "wait":
-                then += entry["stages"][phase]["quantiles_ns"][QUANTILES.index(0.5)]
-                now += float(np.median(samples[phase]))
-    return then / now if now else 1.0
-
-
-def _probes(cell: dict[str, Any], schedule: str, graphs: bool) -> bool:
-    return cell["schedule"] == schedule and cell["graphs"] == graphs and not cell["chunk"]
-
-
-def _same_machine(facts: dict[str, Any], profile: Profile) -> bool:
-    """Whether device, host processor and driver are those of the profile."""
-    return all(facts.get(key) == profile.provenance.get(key) for key in ("device", "host_cpu", "driver"))
+    rows = min(PROBE_SEQS, executor.decoder.graph_sizes[-1])
+    cell = Cell(schedule, executor.graphs, rows, PROBE_CONTEXT, steps=PROBE_STEPS)
+    batcher = cell.batcher(block_size=executor.decoder.block_size, num_kv_blocks=num_kv_blocks)
+    samples = read_samples(executor.run(SCHEDULES[schedule](), batcher).spans, cell)
+    loop = profile.loops[cell.loop]
+    expected = dict.fromkeys(HOST_PHASES, 0.0)
+    expected |= {phase: fit.mean_ns(rows) for phase, fit in loop.phases.items()}
+    if not executor.graphs:
+        launches = profile.kernels.total(executor.decoder.padded(rows))
+        expected["launch"] = loop.kernel_launch.mean_ns(rows) * launches
+    # On the CPU a launch computes the forward, which says nothing of the interpreter.
+    ignored = {"wait"} if executor.decoder.device.type == "cuda" else {"wait", "launch"}
+    phases = [phase for phase in HOST_PHASES if samples.get(phase) and phase not in ignored]
+    took = sum(float(split_outliers(samples[phase])[0].mean()) for phase in phases)
+    return sum(expected[phase] for phase in phases) / took

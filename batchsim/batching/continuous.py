@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 
 @dataclass(slots=True)
@@ -34,8 +33,12 @@ class Request:
         return self.generated >= self.output_tokens
 
 
-class Slice(NamedTuple):
-    """What one request contributes to a batch: `tokens` new tokens after `context` cached ones."""
+@dataclass(slots=True)
+class Slice:
+    """What one request contributes to a batch: `tokens` new tokens after `context` cached ones.
+
+    Not to be changed; not frozen, because that makes making one three times as slow, and there is one a token.
+    """
 
     request: Request
     context: int
@@ -69,10 +72,23 @@ class Batch:
     def num_seqs(self) -> int:
         return len(self.slices)
 
+    def prefill_pairs(self, tile: int) -> int:
+        """(query, key) pairs of the prefilling slices, causal, in whole tiles of `tile` queries."""
+        return sum(attended_pairs(s.context, s.tokens, tile) for s in self.slices if not s.decodes)
+
     @property
-    def prefill_pairs(self) -> int:
-        """(query, key) pairs that the prefilling slices attend to, causal mask taken into account."""
-        return sum(s.tokens * s.context + s.tokens * (s.tokens + 1) // 2 for s in self.slices if not s.decodes)
+    def prefill_depth(self) -> int:
+        """Keys that the last query of the longest prefilling slice attends to."""
+        return max((s.context + s.tokens for s in self.slices if not s.decodes), default=0)
+
+
+def attended_pairs(context: int, tokens: int, tile: int) -> int:
+    """(query, key) pairs that a kernel computes for `tokens` new tokens after `context` cached ones.
+
+    It works on tiles of `tile` queries, each against all keys up to its last query.
+    """
+    tiles = -(-tokens // tile)
+    return tile * ((tiles - 1) * context + tile * tiles * (tiles - 1) // 2 + context + tokens)
 
 
 class ContinuousBatcher:
@@ -149,8 +165,9 @@ class ContinuousBatcher:
         """Count the tokens that `batch` sampled; retire and return the requests that this completes."""
         done: list[Request] = []
         counted = 0
-        for request, context, tokens in batch.slices:
-            if context + tokens >= request.prompt_tokens:  # it sampled
+        for piece in batch.slices:
+            request = piece.request
+            if piece.context + piece.tokens >= request.prompt_tokens:  # it sampled
                 generated = request.generated
                 if generated >= request.output_tokens:
                     self.wasted_tokens += 1

@@ -113,8 +113,9 @@ def decode_attention(qkv: Tensor, inputs: Inputs, rows: int, tables: Tensor, cac
     _decode_kernel[(rows, kv_heads, splits)](
         qkv, cache, cache.stride(0), tables, inputs.lines, inputs.seq_lens, out, partial, sums,
         WIDTH=tables.shape[1], HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page,
-        GROUP=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK=max(32, 8192 // dim) if half_width else 32, SPLITS=splits,
-        SCALE=LOG2_E / math.sqrt(dim), PRECISION=_precision(cache), num_warps=4, num_stages=3 if half_width else 1,
+        GROUP=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK=max(32, 8192 // dim) if half_width else 32,
+        SPLITS=splits, SCALE=LOG2_E / math.sqrt(dim), PRECISION=_precision(cache),
+        num_warps=4, num_stages=3 if half_width else 1,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(rows, heads)](

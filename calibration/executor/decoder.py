@@ -14,7 +14,7 @@ from batchsim.model import ModelShape
 from calibration.executor.buffers import STAMPS, Buffers, Geometry, Inputs
 
 MAX_SPLITS = 32
-PROGRAMS_WANTED = 2048  # of the decode attention: about sixteen for each of an H200's 132 multiprocessors
+PROGRAMS_WANTED = 1024  # of the decode attention: about eight for each of an H200's 132 multiprocessors
 
 
 class Layer(NamedTuple):

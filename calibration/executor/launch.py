@@ -59,7 +59,7 @@ class Kernel:
             return
         compiled, values = known
         x, y, z = (*grid, 1, 1)[:3]
-        stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
+        stream = torch._C._cuda_getCurrentRawStream(device)
         compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *words, *values)
 
 

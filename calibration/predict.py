@@ -1,0 +1,29 @@
+"""Predictions to be compared with executions: simulated at the speed that the host showed beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from batchsim.engine import simulate
+from batchsim.profile import Profile
+from batchsim.result import Run, ScheduleResult, validation_json
+from batchsim.scenario import Scenario
+
+
+def predict(scenario: Scenario, profile: Profile, host_speed: float) -> Run:
+    """Simulate `scenario` on a host `host_speed` times as fast as the one that the scenario asks for.
+
+    The run names the scenario as it was given.
+    """
+    here = scenario.model_copy(update={"host_speed": scenario.host_speed * host_speed})
+    return replace(simulate(here, profile), scenario=scenario.model_dump(mode="json"))
+
+
+def predict_again(point: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+    """A validation point as `validation_json` gives it, its prediction made anew and the measurement as it was."""
+    facts = point["provenance"]["measured"]
+    predicted = predict(Scenario.model_validate(point["scenario"]), profile, facts["host_speed"])
+    results = {schedule: ScheduleResult(**result) for schedule, result in point["measured"].items()}
+    return validation_json(predicted, Run("executed", predicted.scenario, results, windows={}, provenance=facts))
