@@ -97,6 +97,12 @@ def errors(predicted: ScheduleResult, measured: ScheduleResult) -> dict[str, flo
     return result
 
 
+def occurrence(result: ScheduleResult, stage: str) -> float:
+    """The share of the run's steps that have `stage`: forwards are of one kind or the other, all else is in each."""
+    prefills = result.counts["prefill_steps"] / result.counts["steps"]
+    return {"prefill": prefills, "decode": 1 - prefills}.get(stage, 1.0)
+
+
 def in_points(key: str) -> bool:
     """Whether the error of this figure is given in percentage points."""
     return key.endswith("_fraction") or key == "gain_over_sync"

@@ -102,10 +102,18 @@ def calibrate(
         tile=executor.decoder.prefill_tile,
         copies=measure_copies() if device == "cuda" else [],
     )
-    write_text(out, profile.model_dump_json(indent=1) + "\n")
+    write_text(out, profile_text(profile))
     if not keep_samples:
         partial.unlink(missing_ok=True)
     return profile
+
+
+def profile_text(profile: Profile) -> str:
+    """JSON with a line for each top-level key, and one for each cell."""
+    content = profile.model_dump(mode="json")
+    cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in content.pop("cells"))
+    lines = [f" {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in content.items()]
+    return "{\n" + ",\n".join([*lines, f' "cells": [\n  {cells}\n ]']) + "\n}\n"
 
 
 def kernel_counts(decoder: Decoder) -> KernelCounts:

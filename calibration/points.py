@@ -18,7 +18,7 @@ import typer
 
 from batchsim.files import write_json
 from batchsim.profile import Profile, load_profile
-from batchsim.result import validation_json
+from batchsim.result import ScheduleResult, occurrence, validation_json
 from batchsim.scenario import FixedWorkload, Scenario
 from batchsim.yaml_loader import load as load_yaml
 from calibration.predict import predict_again
@@ -120,12 +120,10 @@ def summary(points: Sequence[dict[str, Any]]) -> str:
     stages: dict[str, list[float]] = {}
     for point, schedule in runs:
         predicted, measured = (point[side][schedule] for side in ("predicted", "measured"))
-        step, counts = measured["step_ms"]["mean"], measured["counts"]
-        prefills = counts["prefill_steps"] / counts["steps"]
-        share = {"prefill": prefills, "decode": 1 - prefills}  # of the steps that have such a stage
-        for stage, value in measured["stage_ms"].items():
-            error = (predicted["stage_ms"].get(stage, 0.0) - value) * share.get(stage, 1.0)
-            stages.setdefault(stage, []).append(error / step * 100)
+        whole = ScheduleResult(**measured)
+        for stage, value in whole.stage_ms.items():
+            error = (predicted["stage_ms"].get(stage, 0.0) - value) * occurrence(whole, stage)
+            stages.setdefault(stage, []).append(error / whole.step_ms["mean"] * 100)
     told = (
         f"{stage} {np.median(values):+.2f}, {max(values, key=abs):+.2f}" for stage, values in sorted(stages.items())
     )

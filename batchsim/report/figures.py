@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from batchsim.operations import HOST_PHASES
 from batchsim.records import DEVICE_STAGES, Lane, Span
 from batchsim.report.words import METRICS, error_text, idle_shares, shown, stage_label
-from batchsim.result import Run, ScheduleResult, errors, figures, in_points
+from batchsim.result import Run, ScheduleResult, errors, figures, in_points, occurrence
 
 LANES: tuple[Lane, ...] = ("host", "copy_in", "compute", "copy_out")
 
@@ -149,12 +149,12 @@ def metric_errors(predicted: Run, measured: Run) -> go.Figure:
 
 
 def stage_errors(predicted: Run, measured: Run) -> go.Figure:
-    """Signed errors of the stages, as the time they add to a step: what counts is not the error of a tiny stage."""
+    """Signed errors of the stages, as the time they add to the mean step: a tiny or rare stage's error counts little."""
     stages: dict[str, float] = {}
     for run in (predicted, measured):
         for result in run.results.values():
             for stage, value in result.stage_ms.items():
-                stages[stage] = max(value, stages.get(stage, 0.0))
+                stages[stage] = max(value * occurrence(result, stage), stages.get(stage, 0.0))
     ordered = sorted(stages, key=lambda stage: (-stages[stage], stage))
     labels = {f"stage_ms.{stage}": stage_label(stage) for stage in ordered}
     return _errors(predicted, measured, labels, "predicted minus measured, \N{MICRO SIGN}s a step", _difference_us)
@@ -167,7 +167,10 @@ def _scaled_error(key: str, predicted: ScheduleResult, measured: ScheduleResult)
 
 def _difference_us(key: str, predicted: ScheduleResult, measured: ScheduleResult) -> float | None:
     left, right = figures(predicted).get(key), figures(measured).get(key)
-    return None if left is None or right is None else (left - right) * 1e3
+    if left is None or right is None:
+        return None
+    stage = key.removeprefix("stage_ms.")
+    return (left * occurrence(predicted, stage) - right * occurrence(measured, stage)) * 1e3
 
 
 def _errors(predicted: Run, measured: Run, labels: dict[str, str], title: str, value_of: _ValueOf) -> go.Figure:
