@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ GRAPH_SIZES = (1, 2, 5, 8, 11, 16, 20, 26, 32, 40, 52, 64, 80, 104, 128, 160, 20
 MAX_CONTEXT = 9216
 PREFILL_TOKENS = (320, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
 ROUNDS = 2
-# Host times of a run do not count when a fixed piece of work beside it took so many times its shortest.
-DISTURBED = 1.25
-DEVICE_SAMPLES = ("prefill", "decode", "device_copy_in", "device_copy_out", "gap")
+# Host times of a run do not count when these calls, the same for every batch, took so many times as long as they do.
+FIXED_PHASES = ("copy_in", "copy_out", "record")
+DISTURBED = 1.4
 
 
 def calibrate(
@@ -90,7 +91,7 @@ def calibrate(
         finally:
             store.save()
     measured = store.measured(cells)
-    facts |= {"runs": len(store.runs), "disturbed_runs": store.disturbed()}
+    facts |= {"runs": len(store.runs), "disturbed_runs": sum(store.disturbed())}
     profile = fit_profile(
         measured,
         name=out.stem,
@@ -190,20 +191,28 @@ class _Store:
         write_text(self.path, json.dumps({"identity": self.identity, "runs": self.runs}, separators=(",", ":")))
         self._saved_s = time.monotonic()
 
-    def disturbed(self) -> int:
-        return sum(slowness > DISTURBED for _, _, slowness in self.runs)
+    def disturbed(self) -> list[bool]:
+        """For each run, whether the host was disturbed: whether its batch-independent calls took clearly longer than
+        in the quietest tenth of the runs of its kind."""
+        took = [sum(median(samples.get(phase, [0])) for phase in FIXED_PHASES) for _, samples, _ in self.runs]
+        kinds = [key.rsplit("/", 2)[0] for key, _, _ in self.runs]
+        quiet = {kind: quantiles([t for t, k in zip(took, kinds, strict=True) if k == kind], n=10)[0] for kind in set(kinds)}
+        return [t > DISTURBED * quiet[kind] for t, kind in zip(took, kinds, strict=True)]
 
     def measured(self, cells: list[Cell]) -> dict[Cell, Samples]:
-        """All samples of each cell; host times of disturbed runs only where a cell has no others."""
-        least: dict[str, float] = {}
-        for key, _, slowness in self.runs:
-            least[key] = min(slowness, least.get(key, slowness))
+        """All samples of each cell, without the host's times in disturbed runs."""
         by_key: dict[str, Samples] = {}
-        for key, samples, slowness in self.runs:
+        for (key, samples, _), disturbed in zip(self.runs, self.disturbed(), strict=True):
             merged = by_key.setdefault(key, {})
             for stage, values in samples.items():
-                # A forward that the host feeds kernel by kernel is as long as the host makes it.
-                device = stage in DEVICE_SAMPLES and "/eager/decode" not in key
-                if device or slowness <= max(DISTURBED, least[key]):
+                if not disturbed or stage in _of_the_device(key):
                     merged.setdefault(stage, []).extend(values)
-        return {cell: by_key[cell.key] for cell in cells if cell.key in by_key}
+        return {cell: by_key[cell.key] for cell in cells if by_key.get(cell.key)}
+
+
+def _of_the_device(key: str) -> tuple[str, ...]:
+    """The samples of a cell's runs that tell of the device whatever the host does."""
+    if "/eager/decode/" in key:  # as long as the host makes it
+        return ()
+    # The launches of prompts tell whether they or the device set the pace.
+    return ("decode", "prefill", "device_copy_in", "device_copy_out", "gap", *(("launch",) if "/prefill/" in key else ()))

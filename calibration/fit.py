@@ -100,9 +100,9 @@ def fit_loop(
             added = {"prefill_token_ns": sync.prefill_token_ns, "admitted_ns": sync.admitted_ns}
             phases[phase] = phases[phase].model_copy(update=added)
     if graphs:
-        phases["launch"] = fit_phase([(c, s["launch"]) for c, s in own.items()])
+        phases["launch"] = fit_phase([(c, s["launch"]) for c, s in own.items() if s.get("launch")])
     # A kernel's launch is the same call in both schedules; measured apart they differ by noise alone.
-    eager = [(c, s["launch"]) for c, s in measured.items() if not c.graphs and not c.chunk]
+    eager = [(c, s["launch"]) for c, s in measured.items() if not c.graphs and not c.chunk and s.get("launch")]
     per_kernel = [(cell, [ns / kernels.total(cell.num_seqs) for ns in samples]) for cell, samples in eager]
     gap = _median(own, "gap", like.gap_ns if like else 0)
     copy_in = _median(own, "device_copy_in", like.copy_in_device_ns if like else 0)
@@ -205,8 +205,9 @@ def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve], tile: int) -
     as many rows with next to no context, as the graphs measured it.
     """
     every = [(c, s) for c, s in measured.items() if c.chunk]
-    cells = [(c, _device_times(s["prefill"])) for c, s in every if not _launch_bound(s)]
-    cells = cells or [(c, _device_times(s["prefill"])) for c, s in every]
+    bound = [(c, s) for c, s in every if not _launch_bound(s)]
+    # On the CPU a launch computes the forward, and tells nothing.
+    cells = [(c, _device_times(s["prefill"])) for c, s in (bound if 2 * len(bound) > len(every) else every)]
     counts = sorted({cell.num_tokens for cell, _ in cells})
     rows = np.zeros((len(cells), len(counts) + 5))
     times = np.array([values.mean() for _, values in cells])

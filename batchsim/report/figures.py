@@ -149,7 +149,7 @@ def metric_errors(predicted: Run, measured: Run) -> go.Figure:
 
 
 def stage_errors(predicted: Run, measured: Run) -> go.Figure:
-    """Signed errors of the stages, as the time they add to the mean step: a tiny or rare stage's error counts little."""
+    """Signed errors of the stages, as the time they add to the mean step: a rare stage counts little."""
     stages: dict[str, float] = {}
     for run in (predicted, measured):
         for result in run.results.values():
