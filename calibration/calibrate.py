@@ -196,7 +196,9 @@ class _Store:
         in the quietest tenth of the runs of its kind."""
         took = [sum(median(samples.get(phase, [0])) for phase in FIXED_PHASES) for _, samples, _ in self.runs]
         kinds = [key.rsplit("/", 2)[0] for key, _, _ in self.runs]
-        quiet = {kind: quantiles([t for t, k in zip(took, kinds, strict=True) if k == kind], n=10)[0] for kind in set(kinds)}
+        quiet = {
+            kind: quantiles([t for t, k in zip(took, kinds, strict=True) if k == kind], n=10)[0] for kind in set(kinds)
+        }
         return [t > DISTURBED * quiet[kind] for t, kind in zip(took, kinds, strict=True)]
 
     def measured(self, cells: list[Cell]) -> dict[Cell, Samples]:
@@ -207,7 +209,7 @@ class _Store:
             for stage, values in samples.items():
                 if not disturbed or stage in _of_the_device(key):
                     merged.setdefault(stage, []).extend(values)
-        return {cell: by_key[cell.key] for cell in cells if by_key.get(cell.key)}
+        return {cell: by_key[cell.key] for cell in cells if cell.key in by_key}
 
 
 def _of_the_device(key: str) -> tuple[str, ...]:
@@ -215,4 +217,11 @@ def _of_the_device(key: str) -> tuple[str, ...]:
     if "/eager/decode/" in key:  # as long as the host makes it
         return ()
     # The launches of prompts tell whether they or the device set the pace.
-    return ("decode", "prefill", "device_copy_in", "device_copy_out", "gap", *(("launch",) if "/prefill/" in key else ()))
+    return (
+        "decode",
+        "prefill",
+        "device_copy_in",
+        "device_copy_out",
+        "gap",
+        *(("launch",) if "/prefill/" in key else ()),
+    )

@@ -150,7 +150,7 @@ def fit_device(measured: Measured, kernels: KernelCounts, tile: int) -> DeviceFi
     eager = [
         (c.num_seqs, s, by_size[c.num_seqs].at(c.kv_tokens))
         for c, s in measured.items()
-        if not c.graphs and not c.chunk
+        if not c.graphs and not c.chunk and s.get("launch")
     ]
     eager_factor, outer_share = _fit_eager(eager, kernels)
     prefill_fit, prefill_ratios = _fit_prefill(measured, curves, tile)

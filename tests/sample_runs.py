@@ -136,7 +136,7 @@ def _result(schedule: str, spans: list[Span], sync: ScheduleResult | None) -> Sc
         host_busy_fraction=1 - waits_ns / total_ns,
         idle_ns=_idle_ns(schedule, stages, total_ns - busy_ns),
         stage_ms=stages,
-        counts={"requests": 32, "steps": STEPS, "output_tokens": 32 * STEPS},
+        counts={"requests": 32, "steps": STEPS, "output_tokens": 32 * STEPS, "prefill_steps": 0},
         gain_over_sync=throughput / sync.throughput_tokens_per_s - 1 if sync else 0.0,
         warnings=warnings,
     )
