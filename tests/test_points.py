@@ -234,3 +234,9 @@ class TestPredict:
         for schedule in asked.schedules:
             slow_ms, fast_ms = (run.results[schedule].stage_ms["build_inputs"] for run in (slow, fast))
             assert slow_ms == pytest.approx(2 * fast_ms, rel=1e-4)
+
+
+def test_the_readme_shows_what_the_table_command_prints() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    printed = CliRunner().invoke(app, ["table", str(FOLDER)]).output
+    assert all(line in readme for line in printed.splitlines())
