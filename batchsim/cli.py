@@ -146,6 +146,7 @@ def calibrate(
     model: Annotated[str, typer.Option(metavar="NAME", help="The model's shape, as llama-3.1-8b.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The profile to write, JSON.")],
     device: Device = "cuda",
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often each cell of the grid is run.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted calibration.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished or interrupted one.")] = False,
 ) -> None:
@@ -170,7 +171,7 @@ def calibrate(
         with _progress(f"calibrating {model}") as progress:
             from calibration.calibrate import calibrate as measure
 
-            measure(model, device, out, resume=resume, progress=progress)
+            measure(model, device, out, rounds=rounds, resume=resume, progress=progress)
         typer.echo(f"wrote {out}", err=True)
 
 

@@ -1,4 +1,4 @@
-"""Model shapes, and the kernels, FLOPs and bytes that follow from them."""
+"""Model shapes, and the sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -44,22 +44,6 @@ class ModelShape:
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token adds to the cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
-
-    @property
-    def decode_weight_bytes(self) -> int:
-        """Bytes of weights that every step must read: all but the embedding table."""
-        return (self.parameters - self.vocab_size * self.hidden_size) * self.dtype_bytes
-
-    def flops(self, num_tokens: int, num_sampled: int, attention_pairs: int) -> int:
-        """Floating-point operations of one forward.
-
-        `num_tokens` pass through the layers, `num_sampled` of them through the LM head, and
-        `attention_pairs` is the number of (query, key) pairs attended to, summed over sequences.
-        """
-        dense = 2 * num_tokens * self.num_layers * self.layer_parameters
-        head = 2 * num_sampled * self.vocab_size * self.hidden_size
-        attention = 4 * attention_pairs * self.num_layers * self.num_heads * self.head_dim
-        return dense + head + attention
 
 
 def _llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int) -> ModelShape:

@@ -9,18 +9,32 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from zlib import crc32
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt,
+    ValidationError, model_validator,
+)  # fmt: skip
 
 from batchsim.batching.continuous import Batch
 from batchsim.errors import InputError
 from batchsim.machine import Burst, Latencies
+from batchsim.operations import HOST_PHASES
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _rising(values: list[int]) -> list[int]:
+    if any(before >= after for before, after in pairwise(values)):
+        raise ValueError("the values must rise")
+    return values
+
+
+Rising = Annotated[list[int], Field(min_length=2), AfterValidator(_rising)]
 
 
 class _Model(BaseModel):
@@ -56,21 +70,37 @@ class LoopFit(_Model):
 
     phases: dict[str, PhaseFit]
     kernel_launch: PhaseFit
-    launch_ns: int
-    copy_ns: int
-    event_ns: int
-    gap_ns: int
-    wake_up_ns: int
-    copy_in_device_ns: int
-    copy_out_device_ns: int
+    launch_ns: NonNegativeInt
+    copy_ns: NonNegativeInt
+    event_ns: NonNegativeInt
+    gap_ns: NonNegativeInt
+    wake_up_ns: NonNegativeInt
+    copy_in_device_ns: NonNegativeInt
+    copy_out_device_ns: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if missing := set(HOST_PHASES) - {"launch"} - set(self.phases):
+            raise ValueError(f"phases lack {', '.join(sorted(missing))}")
+        return self
+
+
+def _pair(xs: Sequence[int], ns: Sequence[float]) -> None:
+    if len(xs) != len(ns):
+        raise ValueError(f"{len(xs)} points have {len(ns)} times")
 
 
 class DecodeCurve(_Model):
     """Device time of a decode forward padded to `size` rows, by the sum of the rows' contexts."""
 
     size: PositiveInt
-    kv_tokens: Annotated[list[int], Field(min_length=2)]
-    ns: Annotated[list[Positive], Field(min_length=2)]
+    kv_tokens: Rising
+    ns: list[Positive]
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        _pair(self.kv_tokens, self.ns)
+        return self
 
     def at(self, kv_tokens: float) -> float:
         """Nanoseconds; piecewise linear, the end segments going on."""
@@ -86,14 +116,19 @@ class PrefillFit(_Model):
     """
 
     tile: PositiveInt
-    num_tokens: Annotated[list[int], Field(min_length=2)]
-    ns: Annotated[list[NonNegativeFloat], Field(min_length=2)]
+    num_tokens: Rising
+    ns: list[NonNegativeFloat]
     pair_ns: NonNegativeFloat
     depth_ns: NonNegativeFloat
     mixed_ns: NonNegativeFloat
     row_ns: NonNegativeFloat
     kv_ns: NonNegativeFloat
     residuals: dict[str, FiniteFloat]
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        _pair(self.num_tokens, self.ns)
+        return self
 
     def at(self, num_tokens: int, pairs: int, depth: int, decodes: int, kv_tokens: int) -> float:
         """Nanoseconds of a forward of `num_tokens` new tokens, `decodes` of them of decoding rows."""
@@ -108,12 +143,24 @@ class DeviceFit(_Model):
     `outer_share` the part of it that the kernels outside the layers take, nearly all of it the LM head.
     """
 
-    decode: list[DecodeCurve]
+    decode: Annotated[list[DecodeCurve], Field(min_length=1)]
     prefill: PrefillFit
     eager_factor: Positive
     outer_share: Annotated[float, Field(ge=0, lt=1)]
     decode_ratios: Annotated[list[Positive], Field(min_length=1)]
     prefill_ratios: Annotated[list[Positive], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _rising([curve.size for curve in self.decode])
+        return self
+
+    def beyond_ns(self, rows: int) -> float:
+        """What a decode forward of `rows` rows takes longer than the largest measured: as between the last two."""
+        last, before = self.decode[-1], self.decode[max(len(self.decode) - 2, 0)]
+        if rows <= last.size or last is before:
+            return 0.0
+        return (last.at(0) - before.at(0)) / (last.size - before.size) * (rows - last.size)
 
 
 class KernelCounts(_Model):
@@ -158,7 +205,10 @@ def forward_ns(bursts: Sequence[Burst]) -> int:
 
 
 class Profile(_Model):
-    """Everything measured for one model on one machine. Loops are named `sync/graph`, `async/eager` and so on."""
+    """Everything measured for one model on one machine. Loops are named `sync/graph`, `async/eager` and so on.
+
+    `overlaps` says whether the device computes while the host goes on; on a CPU a launch is the forward itself.
+    """
 
     schema_version: Literal[1]
     kind: Literal["profile"]
@@ -166,7 +216,7 @@ class Profile(_Model):
     model: str
     provenance: dict[str, Any]
     device_memory_bytes: int
-    host_yardstick_ns: Positive
+    overlaps: bool
     kernels: KernelCounts
     loops: dict[str, LoopFit]
     device: DeviceFit
@@ -197,7 +247,11 @@ def load_profile(name: str, base: Path | None = None) -> Profile:
             raise InputError(str(path), "profile", repr(name), f"a JSON file or one of: {', '.join(known)}")
         text, source = resource.read_text(encoding="utf-8"), resource.name
     else:
-        text, source = path.read_text(encoding="utf-8"), str(path)
+        source = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(source, "", "bytes that are no text", "a profile in JSON") from None
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:
@@ -247,6 +301,7 @@ class ProfileCosts:
         self.loop = profile.loops[f"{schedule}/{'graph' if graphs else 'eager'}"]
         self.device = profile.device
         self.graphs = graphs
+        self.overlaps = profile.overlaps
         self._extrapolated: dict[str, tuple[int, int]] = {}
         self._scale = 1 / host_speed
         self._jitter = jitter
@@ -255,7 +310,7 @@ class ProfileCosts:
         self._kernels = profile.kernels
         loop = self.loop
         self.latencies = Latencies(
-            launch_ns=round(loop.launch_ns * self._scale),
+            launch_ns=round(loop.launch_ns * self._scale) if profile.overlaps else 0,
             copy_ns=round(loop.copy_ns * self._scale),
             event_ns=loop.event_ns,
             gap_ns=loop.gap_ns,
@@ -272,6 +327,9 @@ class ProfileCosts:
 
     def launch(self, batch: Batch) -> Sequence[Burst]:
         """See `batchsim.machine.Costs`: one burst for a graph, else one a layer and one before and after them."""
+        if not self.overlaps:
+            device_ns = self.prefill_ns(batch) if batch.prefill_tokens else self.decode_ns(batch)
+            return (Burst((device_ns,), (device_ns,)),)
         if self.graphs and not batch.prefill_tokens:
             host_ns = self._host_time("launch", self.loop.phases["launch"], batch)
             return (Burst((host_ns,), (self.decode_ns(batch),)),)
@@ -290,7 +348,8 @@ class ProfileCosts:
         low, high = curve.kv_tokens[0], curve.kv_tokens[-1]
         if not low * 0.5 <= kv_tokens <= high * 1.02:
             self._note(f"decode of {curve.size} rows (measured up to {high} tokens of context in all)", kv_tokens)
-        return round(curve.at(kv_tokens) * self._ratio("decode", self.device.decode_ratios))
+        ns = curve.at(kv_tokens) + self.device.beyond_ns(batch.num_seqs)
+        return round(ns * self._ratio("decode", self.device.decode_ratios))
 
     def prefill_ns(self, batch: Batch) -> int:
         """Device time of a forward with prompt tokens, nanoseconds."""

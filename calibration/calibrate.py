@@ -26,7 +26,7 @@ from calibration.cells import Cell, Samples, plan, read_samples
 from calibration.copies import measure_copies
 from calibration.executor import Decoder, Executor, build
 from calibration.fit import fit_profile
-from calibration.provenance import QuietCore, host_yardstick_ns, provenance
+from calibration.provenance import QuietCore, provenance
 
 Progress = Callable[[float, str], None]
 BLOCK_SIZE = 16
@@ -36,6 +36,8 @@ GRAPH_SIZES = (1, 2, 5, 8, 11, 16, 20, 26, 32, 40, 52, 64, 80, 104, 128, 160, 20
 MAX_CONTEXT = 9216
 PREFILL_TOKENS = (320, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
 ROUNDS = 2
+# What has to be the same for a calibration to be resumed.
+SAME_MACHINE = ("device", "driver", "host_cpu", "host_cores", "torch", "triton")
 # Host times of a run do not count when these calls, the same for every batch, took so many times as long as they do.
 FIXED_PHASES = ("copy_in", "copy_out", "record")
 DISTURBED = 1.4
@@ -58,7 +60,7 @@ def calibrate(
     if device == "cpu":
         torch.set_num_threads(1)  # the model is tiny: threads would mostly wait for each other
     shape = MODELS[model]
-    facts = provenance(device, f"batchsim calibrate --device {device} --model {model}")
+    facts = provenance(device, f"batchsim calibrate --device {device} --model {model} --rounds {rounds}")
     settings = _settings(shape, device)
     cells = plan(
         kv_tokens=settings["num_kv_blocks"] * BLOCK_SIZE - 64 * BLOCK_SIZE,
@@ -67,7 +69,7 @@ def calibrate(
         prefill_tokens=settings["prefill_tokens"],
     )
     partial = out.with_name(out.name + ".partial")
-    store = _Store(partial, {"model": model, "device": facts["device"]}, resume=resume)
+    store = _Store(partial, {"model": model} | {key: facts.get(key) for key in SAME_MACHINE}, resume=resume)
     executor = build(
         shape,
         device,
@@ -85,20 +87,20 @@ def calibrate(
                 if progress is not None:
                     progress(fraction, cell.key)
                 batcher = cell.batcher(block_size=BLOCK_SIZE, num_kv_blocks=settings["num_kv_blocks"])
-                before = core.settle()
+                core.settle()
                 spans = executors[cell.graphs].run(SCHEDULES[cell.schedule](), batcher).spans
-                store.add(cell, read_samples(spans, cell), max(before, host_yardstick_ns(5) / core.best_ns))
+                store.add(cell, read_samples(spans, cell))
         finally:
             store.save()
     measured = store.measured(cells)
-    facts |= {"runs": len(store.runs), "disturbed_runs": sum(store.disturbed())}
+    facts |= {"rounds": rounds, "runs": len(store.runs), "disturbed_runs": sum(store.disturbed())}
     profile = fit_profile(
         measured,
         name=out.stem,
         model=model,
         facts=facts,
         device_memory_bytes=settings["device_memory_bytes"],
-        yardstick_ns=core.best_ns,
+        overlaps=device != "cpu",
         kernels=kernel_counts(executor.decoder),
         tile=executor.decoder.prefill_tile,
         copies=measure_copies() if device == "cuda" else [],
@@ -155,26 +157,27 @@ def _settings(shape: ModelShape, device: str) -> dict[str, Any]:
 
 
 class _Store:
-    """Runs measured so far (cell, samples, slowness of the host beside it), saved now and then."""
+    """Runs measured so far (a cell's key and its samples), saved now and then."""
 
     SAVE_EVERY_S = 10.0
 
     def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool) -> None:
         self.path = path
         self.identity = identity
-        self.runs: list[tuple[str, Samples, float]] = []
+        self.runs: list[tuple[str, Samples]] = []
         self._saved_s = time.monotonic()
         if resume and path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["identity"] != identity:
-                raise RunError(
-                    f"{path}: was measured for {content['identity']}, not {identity}; remove it to start anew"
-                )
-            self.runs = [(key, samples, slowness) for key, samples, slowness in content["runs"]]
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                found, self.runs = content["identity"], [(key, samples) for key, samples in content["runs"]]
+            except (ValueError, KeyError, TypeError):
+                raise RunError(f"{path}: is no interrupted calibration; remove it to start anew") from None
+            if found != identity:
+                raise RunError(f"{path}: was measured for {found}, not {identity}; remove it to start anew")
 
     def pending(self, cells: list[Cell], rounds: int) -> Iterator[tuple[float, Cell]]:
         """(fraction done, cell) for every run still to do; each round visits all cells in an order of its own."""
-        done = Counter(key for key, _, _ in self.runs)
+        done = Counter(key for key, _ in self.runs)
         for round_ in range(rounds):
             order = sorted(cells, key=lambda cell: cell.key)
             random.Random(round_).shuffle(order)
@@ -182,8 +185,8 @@ class _Store:
                 if done[cell.key] <= round_:
                     yield (round_ + i / len(order)) / rounds, cell
 
-    def add(self, cell: Cell, samples: Samples, slowness: float) -> None:
-        self.runs.append((cell.key, samples, slowness))
+    def add(self, cell: Cell, samples: Samples) -> None:
+        self.runs.append((cell.key, samples))
         if time.monotonic() - self._saved_s > self.SAVE_EVERY_S:
             self.save()
 
@@ -194,8 +197,8 @@ class _Store:
     def disturbed(self) -> list[bool]:
         """For each run, whether the host was disturbed: whether its batch-independent calls took clearly longer than
         in the quietest tenth of the runs of its kind."""
-        took = [sum(median(samples.get(phase, [0])) for phase in FIXED_PHASES) for _, samples, _ in self.runs]
-        kinds = [key.rsplit("/", 2)[0] for key, _, _ in self.runs]
+        took = [sum(median(samples.get(phase, [0])) for phase in FIXED_PHASES) for _, samples in self.runs]
+        kinds = [key.rsplit("/", 2)[0] for key, _ in self.runs]
         quiet = {
             kind: quantiles([t for t, k in zip(took, kinds, strict=True) if k == kind], n=10)[0] for kind in set(kinds)
         }
@@ -204,7 +207,7 @@ class _Store:
     def measured(self, cells: list[Cell]) -> dict[Cell, Samples]:
         """All samples of each cell, without the host's times in disturbed runs."""
         by_key: dict[str, Samples] = {}
-        for (key, samples, _), disturbed in zip(self.runs, self.disturbed(), strict=True):
+        for (key, samples), disturbed in zip(self.runs, self.disturbed(), strict=True):
             merged = by_key.setdefault(key, {})
             for stage, values in samples.items():
                 if not disturbed or stage in _of_the_device(key):
@@ -217,11 +220,4 @@ def _of_the_device(key: str) -> tuple[str, ...]:
     if "/eager/decode/" in key:  # as long as the host makes it
         return ()
     # The launches of prompts tell whether they or the device set the pace.
-    return (
-        "decode",
-        "prefill",
-        "device_copy_in",
-        "device_copy_out",
-        "gap",
-        *(("launch",) if "/prefill/" in key else ()),
-    )
+    return ("decode", "prefill", "gap", "launch") if "/prefill/" in key else ("decode", "gap")

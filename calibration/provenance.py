@@ -92,9 +92,9 @@ class QuietCore:
     WORSE = 1.1
 
     def __init__(self, *, move: bool = True) -> None:
-        """With `move` off the thread stays where the system puts it, and is only timed."""
-        self._cores = sorted(os.sched_getaffinity(0))
-        self._move = move
+        """With `move` off, or where the system lets no program choose, the thread stays where it is."""
+        self._move = move and hasattr(os, "sched_setaffinity")
+        self._cores = sorted(os.sched_getaffinity(0)) if self._move else []
         self.best_ns = host_yardstick_ns()
 
     def __enter__(self) -> Self:
@@ -104,8 +104,8 @@ class QuietCore:
         if self._move:
             os.sched_setaffinity(0, self._cores)
 
-    def settle(self) -> float:
-        """Move to a quiet core if this one is not, and return how much slower than the best it is (1: not)."""
+    def settle(self) -> None:
+        """Move to a quiet core if this one is not."""
         now = host_yardstick_ns(5)
         if self._move and now > self.WORSE * self.best_ns:
             found = []
@@ -115,4 +115,3 @@ class QuietCore:
             now, core = min(found)
             os.sched_setaffinity(0, {core})
         self.best_ns = min(self.best_ns, now)
-        return now / self.best_ns

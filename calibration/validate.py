@@ -44,7 +44,6 @@ class Bench:
             # The model is tiny: threads would spend more time waiting for each other than computing.
             torch.set_num_threads(1)
         self.device = device
-        self.core = QuietCore(move=device == "cuda")
         self._decoder: Decoder | None = None
         self._serves: tuple[Any, ...] = ()
 
@@ -114,21 +113,22 @@ def validate(
     for schedule in scenario.schedules:
         executor.run(SCHEDULES[schedule](), batcher_of(scenario.model_copy(update={"workload": warm}), num_kv_blocks))
     runs: dict[str, list[_Repeat]] = {name: [] for name in scenario.schedules}
-    for repeat in range(repeats):
-        for position, schedule in enumerate(scenario.schedules):
-            bench.core.settle()
-            before = host_speed(executor, profile, schedule, num_kv_blocks)
-            batcher = batcher_of(scenario, num_kv_blocks)
-            execution = executor.run(SCHEDULES[schedule](), batcher)
-            after = host_speed(executor, profile, schedule, num_kv_blocks)
-            metrics, window = Metrics(), Window(steady_step(scenario))
-            for span in execution.spans:
-                metrics(span)
-                window(span)
-            result = metrics.result(schedule, execution.total_ns, batcher)
-            runs[schedule].append(_Repeat(result, window.spans(), (round(before, 4), round(after, 4))))
-            if progress is not None:
-                progress((repeat + (position + 1) / len(scenario.schedules)) / repeats)
+    with QuietCore(move=device == "cuda") as core:
+        for repeat in range(repeats):
+            for position, schedule in enumerate(scenario.schedules):
+                core.settle()
+                before = host_speed(executor, profile, schedule, num_kv_blocks)
+                batcher = batcher_of(scenario, num_kv_blocks)
+                execution = executor.run(SCHEDULES[schedule](), batcher)
+                after = host_speed(executor, profile, schedule, num_kv_blocks)
+                metrics, window = Metrics(), Window(steady_step(scenario))
+                for span in execution.spans:
+                    metrics(span)
+                    window(span)
+                result = metrics.result(schedule, execution.total_ns, batcher)
+                runs[schedule].append(_Repeat(result, window.spans(), (round(before, 4), round(after, 4))))
+                if progress is not None:
+                    progress((repeat + (position + 1) / len(scenario.schedules)) / repeats)
     for repeated in runs.values():
         repeated.sort(key=lambda run: run.result.throughput_tokens_per_s)
     middle = {schedule: repeated[len(repeated) // 2] for schedule, repeated in runs.items()}

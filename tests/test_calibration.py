@@ -102,7 +102,7 @@ def profile(measured: dict[Cell, Samples]) -> Profile:
         model="llama-3.2-1b",
         facts={},
         device_memory_bytes=1 << 37,
-        yardstick_ns=1.0,
+        overlaps=True,
         kernels=KERNELS,
         tile=TILE,
         copies=[],

@@ -202,7 +202,7 @@ class TestCalibrate:
     def test_measures_into_a_new_file(self, measure: list[Any], tmp_path: Path) -> None:
         out = tmp_path / "p.json"
         assert call("calibrate", "--device", "cpu", "--model", "tiny", "--out", str(out)).exit_code == 0
-        assert measure == [(("tiny", "cpu", out), {"resume": False, "progress": None})]
+        assert measure == [(("tiny", "cpu", out), {"rounds": 2, "resume": False, "progress": None})]
 
     def test_what_was_measured_is_not_overwritten_unasked(self, measure: list[Any], tmp_path: Path) -> None:
         out, partial = tmp_path / "p.json", tmp_path / "p.json.partial"

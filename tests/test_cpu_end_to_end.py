@@ -73,7 +73,7 @@ class TestCalibrate:
     def test_profile_is_whole_and_leaves_nothing_beside_it(self, profile: Profile, profile_file: Path) -> None:
         assert [path.name for path in profile_file.parent.iterdir()] == [profile_file.name]
         assert (profile.name, profile.model, profile.provenance["device"]) == ("tiny-cpu", "tiny", "cpu")
-        assert profile.provenance["command"] == "batchsim calibrate --device cpu --model tiny"
+        assert profile.provenance["command"] == "batchsim calibrate --device cpu --model tiny --rounds 2"
         assert set(profile.loops) == {"sync/graph", "sync/eager", "async/graph", "async/eager"}
         assert profile.provenance["runs"] == 2 * len(profile.cells)
 
@@ -112,7 +112,7 @@ class TestInterruptedCalibration:
     def test_keeps_what_was_measured_and_goes_on_from_there(self, interrupted: Path) -> None:
         partial = interrupted.with_name("tiny.json.partial")
         assert list(interrupted.parent.iterdir()) == [partial]
-        finished = Counter(cell for cell, _, _ in json.loads(partial.read_text(encoding="utf-8"))["runs"])
+        finished = Counter(cell for cell, _ in json.loads(partial.read_text(encoding="utf-8"))["runs"])
         assert finished.total() == self.RUNS
 
         refused = call("calibrate", "--device", "cpu", "--model", "tiny", "--out", interrupted)

@@ -69,7 +69,6 @@ class Decoder:
             self._make_workspace(rows)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
-        self._warm = False
 
     def _make_weights(self) -> None:
         """Random weights, scaled so that the residual stream stays near unit variance through all layers."""
@@ -217,7 +216,6 @@ class Decoder:
                     self._stage_idle(slot, geometry)
                     self._launch(slot, geometry)
         self._finish()
-        self._warm = True
 
     def capture(self, sizes: Iterable[int] | None = None) -> None:
         """Capture graphs of `sizes` (default: all of `graph_sizes`) for every slot, so that no run has to.
