@@ -16,8 +16,16 @@ from zlib import crc32
 
 import numpy as np
 from pydantic import (
-    AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt,
-    ValidationError, model_validator,
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
 )  # fmt: skip
 
 from batchsim.batching.continuous import Batch
@@ -328,8 +336,8 @@ class ProfileCosts:
     def launch(self, batch: Batch) -> Sequence[Burst]:
         """See `batchsim.machine.Costs`: one burst for a graph, else one a layer and one before and after them."""
         if not self.overlaps:
-            device_ns = self.prefill_ns(batch) if batch.prefill_tokens else self.decode_ns(batch)
-            return (Burst((device_ns,), (device_ns,)),)
+            forward_ns = self.prefill_ns(batch) if batch.prefill_tokens else self.decode_ns(batch)
+            return (Burst((forward_ns,), (forward_ns,)),)
         if self.graphs and not batch.prefill_tokens:
             host_ns = self._host_time("launch", self.loop.phases["launch"], batch)
             return (Burst((host_ns,), (self.decode_ns(batch),)),)

@@ -92,10 +92,13 @@ def predict(folder: Folder, profiles: Profiles = None) -> None:
 
 
 @app.command()
-def table(folder: Folder) -> None:
+def table(folder: Folder, profiles: Profiles = None) -> None:
     """Print the table of all points in `folder`, and the summary above it, as Markdown."""
     points = list(_points(folder).values())
     typer.echo(summary(points))
+    unscaled = [predict_again(point, _profile(point["profile"], profiles), host_speed=1.0) for point in points]
+    typer.echo("Without the host's speed beside each point, at the speed that the profile was measured at:")
+    typer.echo("\n".join(accuracy(unscaled)))
     typer.echo("")
     typer.echo(HEADER)
     for point in sorted(points, key=_order):
@@ -103,32 +106,51 @@ def table(folder: Folder) -> None:
 
 
 def summary(points: Sequence[dict[str, Any]]) -> str:
-    """Median and worst of the errors over all points and schedules, and how often the gain's sign is right.
-
-    A stage's error is what it adds to the mean step, in percent of that.
-    """
-    runs = [(point, schedule) for point in points for schedule in point["error"]]
-    speed = np.abs([point["error"][schedule]["throughput_tokens_per_s"] for point, schedule in runs]) * 100
-    busy = np.abs([point["error"][schedule]["device_busy_fraction"] for point, schedule in runs])
-    signs = [_gain(point, "predicted") * _gain(point, "measured") > 0 for point in points]
+    """How far the predictions are from the executions, over all points and schedules, a line a figure."""
+    gains = [_gain(point, "measured") for point in points]
+    told = (
+        f"{stage} {np.median(values):+.2f}, {max(values, key=abs):+.2f}"
+        for stage, values in sorted(stage_errors(points).items())
+    )
     lines = [
-        f"{len(points)} points, {len(runs)} runs.",
+        (
+            f"{len(points)} points, {sum(len(point['error']) for point in points)} runs; "
+            f"async gains {min(gains):+.1%} to {max(gains):+.1%}."
+        ),
+        *accuracy(points),
+        f"Stages, median and worst signed error in % of a step: {'; '.join(told)}",
+    ]
+    return "\n".join(lines)
+
+
+def accuracy(points: Sequence[dict[str, Any]]) -> list[str]:
+    """A line each for throughput, the device's busy share, and the gain of async."""
+    errors = [error for point in points for error in point["error"].values()]
+    speed = np.abs([error["throughput_tokens_per_s"] for error in errors]) * 100
+    busy = np.abs([error["device_busy_fraction"] for error in errors])
+    gains = [(_gain(point, "predicted"), _gain(point, "measured")) for point in points]
+    signs = sum(predicted * measured > 0 for predicted, measured in gains)
+    gain = np.abs([predicted - measured for predicted, measured in gains]) * 100
+    return [
         f"Tokens/s: median error {np.median(speed):.2f}%, worst {speed.max():.2f}%.",
         f"Device busy: median error {np.median(busy):.2f} points, worst {busy.max():.2f}.",
-        f"Sign of the gain of async: right on {sum(signs)} of {len(signs)}.",
+        (
+            f"Gain of async: sign right on {signs} of {len(gains)}, median error {np.median(gain):.2f} points, "
+            f"worst {gain.max():.2f}."
+        ),
     ]
+
+
+def stage_errors(points: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """For each stage its signed error in every run: what it adds to the mean step, in percent of that."""
     stages: dict[str, list[float]] = {}
-    for point, schedule in runs:
-        predicted, measured = (point[side][schedule] for side in ("predicted", "measured"))
-        whole = ScheduleResult(**measured)
-        for stage, value in whole.stage_ms.items():
-            error = (predicted["stage_ms"].get(stage, 0.0) - value) * occurrence(whole, stage)
-            stages.setdefault(stage, []).append(error / whole.step_ms["mean"] * 100)
-    told = (
-        f"{stage} {np.median(values):+.2f}, {max(values, key=abs):+.2f}" for stage, values in sorted(stages.items())
-    )
-    lines.append(f"Stages, median and worst signed error in % of a step: {'; '.join(told)}")
-    return "\n".join(lines)
+    for point in points:
+        for schedule in point["error"]:
+            predicted, measured = (ScheduleResult(**point[side][schedule]) for side in ("predicted", "measured"))
+            for stage, value in measured.stage_ms.items():
+                error = (predicted.stage_ms.get(stage, 0.0) - value) * occurrence(measured, stage)
+                stages.setdefault(stage, []).append(error / measured.step_ms["mean"] * 100)
+    return stages
 
 
 def _points(folder: Path) -> dict[Path, dict[str, Any]]:

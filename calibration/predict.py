@@ -21,9 +21,13 @@ def predict(scenario: Scenario, profile: Profile, host_speed: float) -> Run:
     return replace(simulate(here, profile), scenario=scenario.model_dump(mode="json"))
 
 
-def predict_again(point: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
-    """A validation point as `validation_json` gives it, its prediction made anew and the measurement as it was."""
+def predict_again(point: Mapping[str, Any], profile: Profile, host_speed: float | None = None) -> dict[str, Any]:
+    """A validation point as `validation_json` gives it, its prediction made anew and the measurement as it was.
+
+    `host_speed` takes the place of the speed that was measured beside the point.
+    """
     facts = point["provenance"]["measured"]
-    predicted = predict(Scenario.model_validate(point["scenario"]), profile, facts["host_speed"])
+    speed = facts["host_speed"] if host_speed is None else host_speed
+    predicted = predict(Scenario.model_validate(point["scenario"]), profile, speed)
     results = {schedule: ScheduleResult(**result) for schedule, result in point["measured"].items()}
     return validation_json(predicted, Run("executed", predicted.scenario, results, windows={}, provenance=facts))

@@ -14,7 +14,7 @@ from batchsim.files import write_json
 from batchsim.profile import Profile, load_profile
 from batchsim.result import Run, ScheduleResult, errors, validation_json
 from batchsim.scenario import Scenario
-from calibration.points import app, scenarios, summary
+from calibration.points import app, scenarios, stage_errors, summary
 from calibration.predict import predict, predict_again
 from tests.profiles import scenario, small_profile
 
@@ -118,6 +118,14 @@ class TestPromisedAccuracy:
             predicted, measured = (point[side]["async"]["gain_over_sync"] for side in ("predicted", "measured"))
             assert np.sign(predicted) == np.sign(measured), point["scenario"]["name"]
 
+    def test_no_stage_hides_the_error_of_another(self, points: list[dict[str, Any]]) -> None:
+        for stage, found in stage_errors(points).items():
+            assert abs(np.median(found)) <= 2, stage
+            # Launching prompts kernel by kernel is the one exception: it is hidden under the device's work, and what
+            # it takes too little the host waits longer.
+            if stage not in ("launch", "wait"):
+                assert np.abs(found).max() <= 3, stage
+
     @staticmethod
     def of(points: list[dict[str, Any]], figure: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Absolute errors over all points and schedules."""
@@ -182,15 +190,15 @@ class TestTable:
         # errs by 0.1 ms in nine of ten, prefill by 1.2 ms in the tenth.
         stages = "build_inputs +0.00, +0.00; decode +0.90, +0.90; prefill +1.20, +1.20"
         assert text.splitlines() == [
-            "2 points, 4 runs.",
+            "2 points, 4 runs; async gains -1.0% to +10.0%.",
             "Tokens/s: median error 2.50%, worst 6.06%.",
             "Device busy: median error 0.75 points, worst 1.00.",
-            "Sign of the gain of async: right on 1 of 2.",
+            "Gain of async: sign right on 1 of 2, median error 2.09 points, worst 2.22.",
             f"Stages, median and worst signed error in % of a step: {stages}",
         ]
 
     def test_rows_stand_in_order_with_graphs_first(self, folder: Path) -> None:
-        told = call("table", folder)
+        told = call("table", folder, "--profiles", folder.parent / "profiles")
         assert told.exit_code == 0
         header, rule, *rows = [line for line in told.stdout.splitlines() if line.startswith("|")]
         assert header.count("|") == rule.count("|")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from batchsim.errors import InputError
 from batchsim.model import MODELS
 from batchsim.profile import LoopFit, PhaseFit, Profile, load_profile
 from batchsim.schedules import SCHEDULES
 from calibration.cells import Cell
 from calibration.points import PROFILES
+from tests.profiles import small_profile
 
 FOLDER = Path(__file__).parents[1] / "calibration" / "profiles"
 PATHS = sorted(FOLDER.glob("*.json"))
@@ -102,3 +107,40 @@ def test_decoding_takes_no_less_than_reading_the_weights(profile: Profile) -> No
     """Five terabytes a second is more than any memory of today's GPUs gives."""
     shape = MODELS[profile.model]
     assert min(curve.ns[0] for curve in profile.device.decode) > shape.parameters * shape.dtype_bytes / 5e12 * 1e9
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda p: p["device"].update(decode=[]), "device.decode"),
+        (lambda p: p["device"]["decode"][0]["ns"].pop(), "points have"),
+        (lambda p: p["device"]["decode"][0].update(kv_tokens=[8, 8]), "must rise"),
+        (lambda p: p["device"].update(decode=p["device"]["decode"][::-1]), "must rise"),
+        (lambda p: p["device"]["prefill"]["ns"].pop(), "points have"),
+        (lambda p: p["loops"]["sync/graph"]["phases"].pop("update"), "phases lack update"),
+        (lambda p: p["loops"]["sync/graph"].update(launch_ns=-5), "launch_ns"),
+        (lambda p: p.update(kind="recipe"), "kind"),
+    ],
+)
+def test_a_profile_that_makes_no_sense_is_refused(
+    change: Callable[[dict[str, Any]], object], told: str, tmp_path: Path
+) -> None:
+    content = small_profile().model_dump(mode="json")
+    change(content)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match=told):
+        load_profile(str(path))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="no text"):
+        load_profile(str(path))
+
+
+def test_rows_beyond_the_largest_graph_cost_as_between_the_last_two() -> None:
+    fit = small_profile().device
+    assert fit.beyond_ns(32) == 0
+    assert fit.beyond_ns(132) == pytest.approx(100 * 2_000, rel=1e-3)
