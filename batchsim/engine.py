@@ -9,10 +9,11 @@ from math import inf
 
 from batchsim import __version__
 from batchsim.batching.continuous import ContinuousBatcher, Request, uniform_requests
+from batchsim.costs import ProfileCosts
 from batchsim.errors import InputError, RunError
 from batchsim.machine import SimulatedMachine
 from batchsim.metrics import Metrics
-from batchsim.profile import Profile, ProfileCosts
+from batchsim.profile import Profile
 from batchsim.records import Observer, Span
 from batchsim.result import Run, ScheduleResult
 from batchsim.scenario import Scenario, check_memory

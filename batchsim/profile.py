@@ -1,4 +1,4 @@
-"""Measured costs of one model on one machine: read, check, interpolate, draw.
+"""Measured costs of one model on one machine: read, check, interpolate.
 
 A profile is measured by the calibrator, never typed in. It holds the cells as they were measured (quantiles and
 counts), what was fitted to them, the fits' residuals, and where all of it comes from.
@@ -7,14 +7,12 @@ counts), what was fitted to them, the fits' residuals, and where all of it comes
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from zlib import crc32
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,10 +26,9 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
-from batchsim.batching.continuous import Batch
 from batchsim.errors import InputError
-from batchsim.machine import Burst, Latencies
 from batchsim.operations import HOST_PHASES
+from batchsim.streams import Burst
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -252,7 +249,12 @@ def load_profile(name: str, base: Path | None = None) -> Profile:
             known = sorted(
                 entry.name.removesuffix(".json") for entry in shipped.iterdir() if entry.name.endswith(".json")
             )
-            raise InputError(str(path), "profile", repr(name), f"a JSON file or one of: {', '.join(known)}")
+            raise InputError(
+                str(path),
+                "profile",
+                repr(name),
+                f"a file that `batchsim calibrate` wrote, or one of: {', '.join(known)}",
+            )
         text, source = resource.read_text(encoding="utf-8"), resource.name
     else:
         source = str(path)
@@ -266,134 +268,3 @@ def load_profile(name: str, base: Path | None = None) -> Profile:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "profile"
         raise InputError(source, key, repr(first["input"])[:80], first["msg"]) from None
-
-
-class Draws:
-    """Endless draws from equal-count bins, from a stream of its own.
-
-    The stream is `SeedSequence(seed, spawn_key=(replication, crc32(name)))`: a new component shifts no other's
-    draws, and all schedules of a comparison see the same ones.
-    """
-
-    def __init__(self, values: Sequence[float], *, seed: int, replication: int, name: str) -> None:
-        sequence = np.random.SeedSequence(seed, spawn_key=(replication, crc32(name.encode())))
-        self._rng = np.random.Generator(np.random.PCG64(sequence))
-        self._values = np.asarray(values, dtype=np.float64)
-        self._drawn: Iterator[float] = iter(())
-
-    def next(self) -> float:
-        for value in self._drawn:
-            return value
-        self._drawn = iter(self._values[self._rng.integers(0, len(self._values), 4096)].tolist())
-        return next(self._drawn)
-
-
-class ProfileCosts:
-    """The costs of one loop of a profile, for the simulated machine.
-
-    `host_speed` is the speed of one host thread relative to the profile's machine. With `jitter` every step
-    draws its costs from the measured distribution; without, it pays their means.
-    """
-
-    def __init__(
-        self,
-        profile: Profile,
-        schedule: str,
-        *,
-        graphs: bool,
-        host_speed: float = 1.0,
-        jitter: bool = True,
-        seed: int = 0,
-        replication: int = 0,
-    ) -> None:
-        self.loop = profile.loops[f"{schedule}/{'graph' if graphs else 'eager'}"]
-        self.device = profile.device
-        self.graphs = graphs
-        self.overlaps = profile.overlaps
-        self._extrapolated: dict[str, tuple[int, int]] = {}
-        self._scale = 1 / host_speed
-        self._jitter = jitter
-        self._streams = {"seed": seed, "replication": replication}
-        self._draws: dict[str, Draws] = {}
-        self._kernels = profile.kernels
-        loop = self.loop
-        self.latencies = Latencies(
-            launch_ns=round(loop.launch_ns * self._scale) if profile.overlaps else 0,
-            copy_ns=round(loop.copy_ns * self._scale),
-            event_ns=loop.event_ns,
-            gap_ns=loop.gap_ns,
-            wake_up_ns=round(loop.wake_up_ns * self._scale),
-        )
-
-    def host_ns(self, phase: str, batch: Batch | None) -> int:
-        """See `batchsim.machine.Costs`."""
-        return self._host_time(phase, self.loop.phases[phase], batch)
-
-    def copy_ns(self, phase: str, batch: Batch) -> int:  # noqa: ARG002
-        """See `batchsim.machine.Costs`."""
-        return self.loop.copy_in_device_ns if phase == "copy_in" else self.loop.copy_out_device_ns
-
-    def launch(self, batch: Batch) -> Sequence[Burst]:
-        """See `batchsim.machine.Costs`: one burst for a graph, else one a layer and one before and after them."""
-        if not self.overlaps:
-            forward_ns = self.prefill_ns(batch) if batch.prefill_tokens else self.decode_ns(batch)
-            return (Burst((forward_ns,), (forward_ns,)),)
-        if self.graphs and not batch.prefill_tokens:
-            host_ns = self._host_time("launch", self.loop.phases["launch"], batch)
-            return (Burst((host_ns,), (self.decode_ns(batch),)),)
-        launch_ns = self._host_time("kernel_launch", self.loop.kernel_launch, None)
-        if batch.prefill_tokens:
-            # The LM head, over the sampled rows alone, is next to nothing beside the prompts' tokens.
-            rows = batch.num_tokens - batch.prefill_tokens
-            return self._kernels.bursts(rows, launch_ns, self.prefill_ns(batch), 0.0)
-        device_ns = self.decode_ns(batch) * self.device.eager_factor
-        return self._kernels.bursts(self._curve(batch.num_seqs).size, launch_ns, device_ns, self.device.outer_share)
-
-    def decode_ns(self, batch: Batch) -> int:
-        """Device time of a decode forward, nanoseconds."""
-        curve = self._curve(batch.num_seqs)
-        kv_tokens = batch.kv_tokens
-        low, high = curve.kv_tokens[0], curve.kv_tokens[-1]
-        if not low * 0.5 <= kv_tokens <= high * 1.02:
-            self._note(f"decode of {curve.size} rows (measured up to {high} tokens of context in all)", kv_tokens)
-        ns = curve.at(kv_tokens) + self.device.beyond_ns(batch.num_seqs)
-        return round(ns * self._ratio("decode", self.device.decode_ratios))
-
-    def prefill_ns(self, batch: Batch) -> int:
-        """Device time of a forward with prompt tokens, nanoseconds."""
-        fit = self.device.prefill
-        if batch.num_tokens > fit.num_tokens[-1]:
-            self._note(f"prefill (measured up to {fit.num_tokens[-1]} tokens)", batch.num_tokens)
-        decodes = batch.num_tokens - batch.prefill_tokens
-        ns = fit.at(batch.num_tokens, batch.prefill_pairs(fit.tile), batch.prefill_depth, decodes, batch.kv_tokens)
-        return round(ns * self._ratio("prefill", self.device.prefill_ratios))
-
-    def _curve(self, num_seqs: int) -> DecodeCurve:
-        for curve in self.device.decode:
-            if curve.size >= num_seqs:
-                return curve
-        self._note(f"decode (measured up to {self.device.decode[-1].size} rows)", num_seqs)
-        return self.device.decode[-1]
-
-    def extrapolated(self) -> list[str]:
-        """What was asked for outside the measured range, a sentence each; empty where nothing was."""
-        return [f"{what}: extrapolated to {low}..{high}" for what, (low, high) in sorted(self._extrapolated.items())]
-
-    def _note(self, what: str, value: int) -> None:
-        low, high = self._extrapolated.get(what, (value, value))
-        self._extrapolated[what] = min(low, value), max(high, value)
-
-    def _ratio(self, name: str, ratios: Sequence[float]) -> float:
-        if not self._jitter:
-            return sum(ratios) / len(ratios)
-        if name not in self._draws:
-            self._draws[name] = Draws(ratios, name=name, **self._streams)
-        return self._draws[name].next()
-
-    def _host_time(self, name: str, fit: PhaseFit, batch: Batch | None) -> int:
-        ns = fit.step_ns
-        if batch is not None:  # None: a scheduling call that found nothing to run
-            ns += fit.seq_ns * batch.num_seqs
-            if batch.prefill_tokens:
-                ns += fit.prefill_token_ns * batch.prefill_tokens + fit.admitted_ns * batch.admitted
-        return round(ns * self._ratio(name, fit.ratios) * self._scale)

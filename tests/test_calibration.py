@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import pytest
 
 from batchsim.batching.continuous import Batch, ContinuousBatcher, uniform_requests
+from batchsim.costs import ProfileCosts
 from batchsim.machine import Burst, Costs, Latencies, SimulatedMachine
 from batchsim.metrics import Metrics
-from batchsim.profile import KernelCounts, Profile, ProfileCosts
+from batchsim.profile import KernelCounts, Profile
 from batchsim.records import Span
 from batchsim.result import ScheduleResult
 from batchsim.schedules import SCHEDULES

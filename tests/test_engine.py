@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from batchsim.costs import Draws
 from batchsim.engine import simulate
 from batchsim.errors import InputError, RunError
-from batchsim.profile import Draws
 from batchsim.result import run_json
 from batchsim.schedules import SCHEDULES
 from batchsim.schedules.sync import sync

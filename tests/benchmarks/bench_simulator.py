@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from batchsim.costs import ProfileCosts
 from batchsim.engine import Window, batcher_of, simulate, steady_step
 from batchsim.machine import SimulatedMachine
 from batchsim.metrics import Metrics
-from batchsim.profile import KernelCounts, Profile, ProfileCosts
+from batchsim.profile import KernelCounts, Profile
 from batchsim.records import Span
 from batchsim.scenario import Scenario
 from batchsim.schedules import SCHEDULES
