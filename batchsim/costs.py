@@ -10,6 +10,7 @@ import numpy as np
 from batchsim.batching.continuous import Batch
 from batchsim.machine import Burst, Latencies
 from batchsim.profile import DecodeCurve, PhaseFit, Profile
+from batchsim.schedules import loop_name
 
 
 class Draws:
@@ -50,7 +51,7 @@ class ProfileCosts:
         seed: int = 0,
         replication: int = 0,
     ) -> None:
-        self.loop = profile.loops[f"{schedule}/{'graph' if graphs else 'eager'}"]
+        self.loop = profile.loops[loop_name(schedule, graphs=graphs)]
         self.device = profile.device
         self.graphs = graphs
         self.overlaps = profile.overlaps
@@ -128,16 +129,12 @@ class ProfileCosts:
         self._extrapolated[what] = min(low, value), max(high, value)
 
     def _ratio(self, name: str, ratios: Sequence[float]) -> float:
-        if not self._jitter:
-            return sum(ratios) / len(ratios)
         if name not in self._draws:
-            self._draws[name] = Draws(ratios, name=name, **self._streams)
+            values = ratios if self._jitter else [sum(ratios) / len(ratios)]
+            self._draws[name] = Draws(values, name=name, **self._streams)
         return self._draws[name].next()
 
     def _host_time(self, name: str, fit: PhaseFit, batch: Batch | None) -> int:
-        ns = fit.step_ns
-        if batch is not None:  # None: a scheduling call that found nothing to run
-            ns += fit.seq_ns * batch.num_seqs
-            if batch.prefill_tokens:
-                ns += fit.prefill_token_ns * batch.prefill_tokens + fit.admitted_ns * batch.admitted
+        # None: a scheduling call that found nothing to run.
+        ns = fit.step_ns if batch is None else fit.linear_ns(batch.num_seqs, batch.prefill_tokens, batch.admitted)
         return round(ns * self._ratio(name, fit.ratios) * self._scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -17,7 +17,7 @@ from batchsim.profile import Profile
 from batchsim.records import Observer, Span
 from batchsim.result import Run, ScheduleResult
 from batchsim.scenario import Scenario, check_memory
-from batchsim.schedules import SCHEDULES
+from batchsim.schedules import SCHEDULES, loop_name
 
 WINDOW_STEPS = 6
 
@@ -97,7 +97,7 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
     results: dict[str, ScheduleResult] = {}
     windows: dict[str, tuple[Span, ...]] = {}
     for position, schedule in enumerate(scenario.schedules):
-        loop = f"{schedule}/{'graph' if scenario.cuda_graphs else 'eager'}"
+        loop = loop_name(schedule, graphs=scenario.cuda_graphs)
         if loop not in profile.loops:
             raise RunError(f"profile {profile.name} holds no costs for {loop}; it has {', '.join(profile.loops)}")
         costs = ProfileCosts(
@@ -117,7 +117,7 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
         machine = SimulatedMachine(
             batcher,
             costs,
-            _tell_all(observers),
+            tell_all(observers),
             host_threads=scenario.host_threads,
             launch_queue_depth=scenario.launch_queue_depth,
         )
@@ -145,7 +145,9 @@ def with_gains(results: dict[str, ScheduleResult]) -> dict[str, ScheduleResult]:
     }
 
 
-def _tell_all(observers: list[Observer]) -> Observer:
+def tell_all(observers: Sequence[Observer]) -> Observer:
+    """One observer that tells each of `observers`."""
+
     def observe(span: Span) -> None:
         for observer in observers:
             observer(span)

@@ -41,6 +41,10 @@ class ModelShape:
         return 2 * self.vocab_size * self.hidden_size + self.num_layers * self.layer_parameters + self.hidden_size
 
     @property
+    def weight_bytes(self) -> int:
+        return self.parameters * self.dtype_bytes
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token adds to the cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes

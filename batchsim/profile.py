@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from importlib.resources import files
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -63,11 +63,14 @@ class PhaseFit(_Model):
     outlier_ns: NonNegativeFloat
     residuals: dict[str, FiniteFloat]
 
+    def linear_ns(self, num_seqs: int, prefill_tokens: int = 0, admitted: int = 0) -> float:
+        """Fitted host time for a batch of `num_seqs` sequences, `admitted` of them new to it; without the ratio."""
+        ns = self.step_ns + self.seq_ns * num_seqs
+        return ns + (self.prefill_token_ns * prefill_tokens + self.admitted_ns * admitted)
+
     def mean_ns(self, num_seqs: int, prefill_tokens: int = 0, admitted: int = 0) -> float:
-        """Expected host time for a batch of `num_seqs` sequences, `admitted` of them new to it."""
-        linear = self.step_ns + self.seq_ns * num_seqs
-        linear += self.prefill_token_ns * prefill_tokens + self.admitted_ns * admitted
-        return linear * sum(self.ratios) / len(self.ratios)
+        """Expected host time of such a batch."""
+        return self.linear_ns(num_seqs, prefill_tokens, admitted) * sum(self.ratios) / len(self.ratios)
 
 
 class LoopFit(_Model):
@@ -195,18 +198,14 @@ class KernelCounts(_Model):
         last = Burst((host,) * self.last, (round(device_ns * outer_share), *(0,) * (self.last - 1)))
         return (Burst((host,) * self.first, (0,) * self.first), *(layer,) * self.layers, last)
 
+    def alone_ns(self, decode_rows: int, launch_ns: float, device_ns: float, outer_share: float) -> int:
+        """From the first kernel's start to the last one's end of such a forward, on an idle device."""
+        bursts = self.bursts(decode_rows, launch_ns, device_ns, outer_share)
+        whole = Burst(tuple(chain(*(b.host_ns for b in bursts))), tuple(chain(*(b.device_ns for b in bursts))))
+        return whole.alone_ns
+
     def _in_layer(self, decode_rows: int) -> int:
         return self.per_layer + (0 < decode_rows <= self.split_rows)
-
-
-def forward_ns(bursts: Sequence[Burst]) -> int:
-    """From the first kernel's start to the last one's end on an idle device."""
-    ready = end = 0
-    for burst in bursts:
-        for host_ns, device_ns in zip(burst.host_ns, burst.device_ns, strict=True):
-            end = max(end, ready) + device_ns
-            ready += host_ns
-    return end
 
 
 class Profile(_Model):

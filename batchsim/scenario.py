@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batchsim import yaml_loader
+from batchsim.batching.continuous import kv_blocks, max_tokens
 from batchsim.errors import InputError, shown
 from batchsim.model import MODELS
 from batchsim.refusal import Override, Refusals, choice, refused
@@ -158,8 +159,8 @@ def check_memory(scenario: Scenario, device_memory_bytes: int) -> None:
         InputError: without a file; `InputError.within` adds it.
     """
     model, workload = MODELS[scenario.model], scenario.workload
-    weights = model.parameters * model.dtype_bytes
-    blocks = -(-(workload.input_len + workload.output_len + 1) // scenario.block_size)
+    weights = model.weight_bytes
+    blocks = kv_blocks(max_tokens(workload.input_len, workload.output_len), scenario.block_size)
     request = blocks * scenario.block_size * model.kv_bytes_per_token
     running = min(workload.num_prompts, scenario.max_num_seqs)
     if weights + running * request <= device_memory_bytes:

@@ -24,9 +24,10 @@ from batchsim.profile import KernelCounts, Profile
 from batchsim.schedules import SCHEDULES
 from calibration.cells import Cell, Samples, plan, read_samples
 from calibration.copies import measure_copies
+from calibration.device import kv_room_bytes, prepare
 from calibration.executor import Decoder, Executor, build
 from calibration.fit import fit_profile
-from calibration.provenance import QuietCore, provenance
+from calibration.provenance import MACHINE_KEYS, QuietCore, provenance
 
 Progress = Callable[[float, str], None]
 BLOCK_SIZE = 16
@@ -37,7 +38,7 @@ MAX_CONTEXT = 9216
 PREFILL_TOKENS = (320, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
 ROUNDS = 2
 # What has to be the same for a calibration to be resumed.
-SAME_MACHINE = ("device", "driver", "host_cpu", "host_cores", "torch", "triton")
+RESUMABLE = (*MACHINE_KEYS, "torch", "triton")
 # Host times of a run do not count when these calls, the same for every batch, took so many times as long as they do.
 FIXED_PHASES = ("copy_in", "copy_out", "record")
 DISTURBED = 1.4
@@ -55,10 +56,7 @@ def calibrate(
     Raises:
         RunError: no such device, or a partial file of another model or machine.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("no CUDA device was found; calibrate on a machine with one, or use --device cpu")
-    if device == "cpu":
-        torch.set_num_threads(1)  # the model is tiny: threads would mostly wait for each other
+    prepare(device, "calibrate")
     shape = MODELS[model]
     facts = provenance(device, f"batchsim calibrate --device {device} --model {model} --rounds {rounds}")
     settings = _settings(shape, device)
@@ -69,7 +67,7 @@ def calibrate(
         prefill_tokens=settings["prefill_tokens"],
     )
     partial = out.with_name(out.name + ".partial")
-    store = _Store(partial, {"model": model} | {key: facts.get(key) for key in SAME_MACHINE}, resume=resume)
+    store = _Store(partial, {"model": model} | {key: facts.get(key) for key in RESUMABLE}, resume=resume)
     executor = build(
         shape,
         device,
@@ -135,24 +133,20 @@ def kernel_counts(decoder: Decoder) -> KernelCounts:
 def _settings(shape: ModelShape, device: str) -> dict[str, Any]:
     """Sizes that suit the model and the device."""
     if device == "cpu":
-        memory = 2 << 30
         return {
             "graph_sizes": (1, 2, 4, 8),
             "prefill_tokens": (64, 128, 256),
             "max_model_len": 1024,
             "num_kv_blocks": 640,
-            "device_memory_bytes": memory,
+            "device_memory_bytes": 2 << 30,
         }
-    free, total = torch.cuda.mem_get_info()
-    weights = shape.parameters * shape.dtype_bytes
-    pool = (free - weights) * 0.8 - (6 << 30)
-    tokens = min(int(pool / shape.kv_bytes_per_token), 1_000_000)
+    tokens = min(int(kv_room_bytes(shape) / shape.kv_bytes_per_token), 1_000_000)
     return {
         "graph_sizes": GRAPH_SIZES,
         "prefill_tokens": PREFILL_TOKENS,
         "max_model_len": MAX_CONTEXT + 256,
         "num_kv_blocks": tokens // BLOCK_SIZE,
-        "device_memory_bytes": total,
+        "device_memory_bytes": torch.cuda.mem_get_info()[1],
     }
 
 

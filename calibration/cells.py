@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from batchsim.batching.continuous import ContinuousBatcher, Request, attended_pairs
 from batchsim.operations import HOST_PHASES
 from batchsim.records import Span
-from batchsim.schedules import SCHEDULES
+from batchsim.schedules import SCHEDULES, loop_name
 
 Samples = dict[str, list[int]]
 
@@ -51,7 +51,7 @@ class Cell:
 
     @property
     def loop(self) -> str:
-        return f"{self.schedule}/{'graph' if self.graphs else 'eager'}"
+        return loop_name(self.schedule, graphs=self.graphs)
 
     @property
     def read_steps(self) -> tuple[int, int]:

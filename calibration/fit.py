@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
-from batchsim.profile import DecodeCurve, DeviceFit, KernelCounts, LoopFit, PhaseFit, PrefillFit, Profile, forward_ns
-from batchsim.schedules import SCHEDULES
+from batchsim.profile import DecodeCurve, DeviceFit, KernelCounts, LoopFit, PhaseFit, PrefillFit, Profile
+from batchsim.schedules import SCHEDULES, loop_name
 from calibration.cells import Cell, Samples
 
 Measured = Mapping[Cell, Samples]
@@ -184,7 +184,7 @@ def _fit_eager(eager: Sequence[tuple[int, Samples, float]], kernels: KernelCount
     def residuals(terms: Floats) -> list[float]:
         factor, share = terms
         errors = [
-            forward_ns(kernels.bursts(rows, launch_ns, kernel_ns * factor, share)) / span_ns - 1
+            kernels.alone_ns(rows, launch_ns, kernel_ns * factor, share) / span_ns - 1
             for rows, span_ns, launch_ns, kernel_ns in spans
         ]
         return [*errors, 0.003 * (factor - 1)]
@@ -205,9 +205,9 @@ def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve], tile: int) -
     as many rows with next to no context, as the graphs measured it.
     """
     every = [(c, s) for c, s in measured.items() if c.chunk]
-    bound = [(c, s) for c, s in every if not _launch_bound(s)]
+    free = [(c, s) for c, s in every if not _launch_bound(s)]
     # On the CPU a launch computes the forward, and tells nothing.
-    cells = [(c, _device_times(s["prefill"])) for c, s in (bound if 2 * len(bound) > len(every) else every)]
+    cells = [(c, _device_times(s["prefill"])) for c, s in (free if 2 * len(free) > len(every) else every)]
     counts = sorted({cell.num_tokens for cell, _ in cells})
     rows = np.zeros((len(cells), len(counts) + 5))
     times = np.array([values.mean() for _, values in cells])
@@ -249,9 +249,9 @@ def fit_profile(
     loops: dict[str, Any] = {}
     for schedule in SCHEDULES:
         for graphs in (True, False):
-            like = loops.get(f"sync/{'graph' if graphs else 'eager'}")
+            like = loops.get(loop_name("sync", graphs=graphs))
             loop = fit_loop(measured, schedule, graphs=graphs, kernels=kernels, like=like)
-            loops[f"{schedule}/{'graph' if graphs else 'eager'}"] = loop
+            loops[loop_name(schedule, graphs=graphs)] = loop
     return Profile(
         schema_version=1,
         kind="profile",

@@ -14,6 +14,9 @@ import torch
 
 from batchsim import __version__
 
+# The facts of `provenance` that tell one machine from another.
+MACHINE_KEYS = ("device", "driver", "host_cpu", "host_cores")
+
 
 def provenance(device: str, command: str) -> dict[str, Any]:
     """Device, driver, library versions, host, date and command; no paths and no host names."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
-from batchsim.engine import Window, batcher_of, steady_step, with_gains
-from batchsim.errors import RunError
+from batchsim.batching.continuous import kv_blocks, max_tokens
+from batchsim.engine import Window, batcher_of, steady_step, tell_all, with_gains
 from batchsim.metrics import Metrics
 from batchsim.model import MODELS
 from batchsim.operations import HOST_PHASES
@@ -20,10 +19,11 @@ from batchsim.result import Run, ScheduleResult
 from batchsim.scenario import Scenario
 from batchsim.schedules import SCHEDULES
 from calibration.cells import Cell, read_samples
+from calibration.device import kv_room_bytes, prepare
 from calibration.executor import Decoder, Executor, build
 from calibration.fit import split_outliers
 from calibration.predict import predict
-from calibration.provenance import QuietCore, provenance
+from calibration.provenance import MACHINE_KEYS, QuietCore, provenance
 
 Progress = Callable[[float], None]
 WARM_UP_TOKENS = 24
@@ -31,66 +31,56 @@ WARM_UP_TOKENS = 24
 ROOMY_TOKENS, ROOMY_LEN = 8192, 9472
 # The batch that tells the host's speed.
 PROBE_SEQS, PROBE_CONTEXT, PROBE_STEPS = 32, 32, 30
-MACHINE_KEYS = ("device", "driver", "host_cpu", "host_cores")
 
 
 class Bench:
     """A decoder on a device, kept from one scenario to the next as long as it serves."""
 
     def __init__(self, device: str) -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise RunError("no CUDA device was found; validate on a machine with one, or use --device cpu")
-        if device == "cpu":
-            # The model is tiny: threads would spend more time waiting for each other than computing.
-            torch.set_num_threads(1)
+        prepare(device, "validate")
         self.device = device
         self._decoder: Decoder | None = None
-        self._serves: tuple[Any, ...] = ()
 
-    def executor(self, scenario: Scenario, profile: Profile) -> tuple[Executor, int]:
-        """An executor that serves `scenario`, and the number of its KV blocks."""
-        shape = MODELS[scenario.model]
-        workload = scenario.workload
-        length = workload.input_len + workload.output_len + 1
+    def executor(self, scenario: Scenario, profile: Profile) -> Executor:
+        """An executor that serves `scenario`, and the probe of the host's speed."""
+        workload, block_size = scenario.workload, scenario.block_size
+        length, probe_length = max_tokens(workload.input_len, workload.output_len), PROBE_CONTEXT + PROBE_STEPS + 1
         running = min(workload.num_prompts, scenario.max_num_seqs)
-        probe = PROBE_SEQS * -(-(PROBE_CONTEXT + PROBE_STEPS + 1) // scenario.block_size)
-        blocks = max(running * -(-length // scenario.block_size), probe)
-        sizes = tuple(curve.size for curve in profile.device.decode)
-        if self._decoder is not None:
-            model, block_size, have_sizes, have_blocks, seqs, tokens, longest = self._serves
-            fits = blocks <= have_blocks and running <= seqs and length <= longest
-            same = (model, block_size, have_sizes) == (scenario.model, scenario.block_size, sizes)
-            if not (same and fits and scenario.max_num_batched_tokens <= tokens):
-                self._decoder = None
-        if self._decoder is None:
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
-            seqs = max(running, sizes[-1], PROBE_SEQS)
-            block_bytes = shape.kv_bytes_per_token * scenario.block_size
-            have_blocks = max(blocks, self._room(shape.parameters * shape.dtype_bytes, block_bytes))
-            tokens = max(scenario.max_num_batched_tokens, seqs)
-            longest = max(length, PROBE_CONTEXT + PROBE_STEPS + 1)
-            if self.device == "cuda":
-                tokens, longest = max(tokens, ROOMY_TOKENS), max(longest, ROOMY_LEN)
-            self._decoder = build(
-                shape,
-                self.device,
-                num_kv_blocks=have_blocks,
-                block_size=scenario.block_size,
-                max_num_seqs=seqs,
-                max_num_batched_tokens=tokens,
-                max_model_len=longest,
-                graph_sizes=sizes,
-            ).decoder
-            self._serves = (scenario.model, scenario.block_size, sizes, have_blocks, seqs, tokens, longest)
-        return Executor(self._decoder, graphs=scenario.cuda_graphs), self._serves[3]
+        blocks = max(running * kv_blocks(length, block_size), PROBE_SEQS * kv_blocks(probe_length, block_size))
+        sizes = [curve.size for curve in profile.device.decode]
+        decoder = self._decoder
+        if not (
+            decoder is not None
+            and (decoder.shape.name, decoder.block_size) == (scenario.model, block_size)
+            and decoder.graph_sizes == sorted({*sizes, decoder.max_num_seqs})
+            and blocks <= decoder.num_kv_blocks
+            and running <= decoder.max_num_seqs
+            and length <= decoder.max_model_len
+            and scenario.max_num_batched_tokens <= decoder.max_num_batched_tokens
+        ):
+            decoder = self._decoder = None  # what it holds of the device is needed for the next
+            decoder = self._decoder = self._build(scenario, sizes, running, max(length, probe_length), blocks)
+        return Executor(decoder, graphs=scenario.cuda_graphs)
 
-    def _room(self, weight_bytes: int, block_bytes: int) -> int:
-        """KV blocks that fit comfortably beside the weights: scenarios to come may need more than this one."""
-        if self.device != "cuda":
-            return 0
-        free, _ = torch.cuda.mem_get_info()
-        return max(int(((free - weight_bytes) * 0.8 - (6 << 30)) / block_bytes), 0)
+    def _build(self, scenario: Scenario, sizes: Sequence[int], running: int, length: int, blocks: int) -> Decoder:
+        shape, block_size = MODELS[scenario.model], scenario.block_size
+        seqs = max(running, sizes[-1], PROBE_SEQS)
+        tokens = max(scenario.max_num_batched_tokens, seqs)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            # Scenarios to come may need more than this one.
+            blocks = max(blocks, int(kv_room_bytes(shape) / (shape.kv_bytes_per_token * block_size)))
+            tokens, length = max(tokens, ROOMY_TOKENS), max(length, ROOMY_LEN)
+        return build(
+            shape,
+            self.device,
+            num_kv_blocks=blocks,
+            block_size=block_size,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=tokens,
+            max_model_len=length,
+            graph_sizes=sizes,
+        ).decoder
 
 
 def validate(
@@ -108,7 +98,8 @@ def validate(
     host costs are scaled by the median of the speeds that this host showed before and after the repeats of both.
     """
     bench = bench or Bench(device)
-    executor, num_kv_blocks = bench.executor(scenario, profile)
+    executor = bench.executor(scenario, profile)
+    num_kv_blocks = executor.decoder.num_kv_blocks
     warm = scenario.workload.model_copy(update={"output_len": min(scenario.workload.output_len, WARM_UP_TOKENS)})
     for schedule in scenario.schedules:
         executor.run(SCHEDULES[schedule](), batcher_of(scenario.model_copy(update={"workload": warm}), num_kv_blocks))
@@ -117,14 +108,11 @@ def validate(
         for repeat in range(repeats):
             for position, schedule in enumerate(scenario.schedules):
                 core.settle()
-                before = host_speed(executor, profile, schedule, num_kv_blocks)
+                before = host_speed(executor, profile, schedule)
                 batcher = batcher_of(scenario, num_kv_blocks)
-                execution = executor.run(SCHEDULES[schedule](), batcher)
-                after = host_speed(executor, profile, schedule, num_kv_blocks)
                 metrics, window = Metrics(), Window(steady_step(scenario))
-                for span in execution.spans:
-                    metrics(span)
-                    window(span)
+                execution = executor.run(SCHEDULES[schedule](), batcher, observe=tell_all([metrics, window]))
+                after = host_speed(executor, profile, schedule)
                 result = metrics.result(schedule, execution.total_ns, batcher)
                 runs[schedule].append(_Repeat(result, window.spans(), (round(before, 4), round(after, 4))))
                 if progress is not None:
@@ -163,24 +151,25 @@ class _Repeat:
     host_speeds: tuple[float, float]
 
 
-def host_speed(executor: Executor, profile: Profile, schedule: str, num_kv_blocks: int) -> float:
+def host_speed(executor: Executor, profile: Profile, schedule: str) -> float:
     """Speed of this host at this moment, relative to the profile's, in one schedule's loop.
 
     What the profile expects of the host phases of one small decode batch, over what they take here and now. The
     batch is the same whatever the scenario to be predicted: this measures the host, not the scenario.
     """
-    rows = min(PROBE_SEQS, executor.decoder.graph_sizes[-1])
+    decoder = executor.decoder
+    rows = min(PROBE_SEQS, decoder.graph_sizes[-1])
     cell = Cell(schedule, executor.graphs, rows, PROBE_CONTEXT, steps=PROBE_STEPS)
-    batcher = cell.batcher(block_size=executor.decoder.block_size, num_kv_blocks=num_kv_blocks)
+    batcher = cell.batcher(block_size=decoder.block_size, num_kv_blocks=decoder.num_kv_blocks)
     samples = read_samples(executor.run(SCHEDULES[schedule](), batcher).spans, cell)
     loop = profile.loops[cell.loop]
     expected = dict.fromkeys(HOST_PHASES, 0.0)
     expected |= {phase: fit.mean_ns(rows) for phase, fit in loop.phases.items()}
     if not executor.graphs:
-        launches = profile.kernels.total(executor.decoder.padded(rows))
+        launches = profile.kernels.total(decoder.padded(rows))
         expected["launch"] = loop.kernel_launch.mean_ns(rows) * launches
     # On the CPU a launch computes the forward, which says nothing of the interpreter.
-    ignored = {"wait"} if executor.decoder.device.type == "cuda" else {"wait", "launch"}
+    ignored = {"wait"} if decoder.device.type == "cuda" else {"wait", "launch"}
     phases = [phase for phase in HOST_PHASES if samples.get(phase) and phase not in ignored]
     took = sum(float(split_outliers(samples[phase])[0].mean()) for phase in phases)
     return sum(expected[phase] for phase in phases) / took

@@ -29,6 +29,11 @@ class Request:
     blocks: list[int] = field(default_factory=list)
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens that it may write to the cache."""
+        return max_tokens(self.prompt_tokens, self.output_tokens)
+
+    @property
     def finished(self) -> bool:
         return self.generated >= self.output_tokens
 
@@ -194,8 +199,7 @@ class ContinuousBatcher:
         return tokens
 
     def _reserve(self, request: Request) -> bool:
-        # One token more than the whole length: a loop that reads late writes one wasted token.
-        need = -(-(request.prompt_tokens + request.output_tokens + 1) // self.block_size)
+        need = kv_blocks(request.max_tokens, self.block_size)
         if self._unbounded and need > len(self._free):
             fresh = need - len(self._free)
             self._free[:0] = range(self._blocks_made + fresh - 1, self._blocks_made - 1, -1)
@@ -204,6 +208,16 @@ class ContinuousBatcher:
             return False
         request.blocks = [self._free.pop() for _ in range(need)]
         return True
+
+
+def max_tokens(prompt_tokens: int, output_tokens: int) -> int:
+    """Tokens that a request may write to the cache: a loop that reads results late computes one too many."""
+    return prompt_tokens + output_tokens + 1
+
+
+def kv_blocks(tokens: int, block_size: int) -> int:
+    """Blocks that hold `tokens` tokens of one request."""
+    return -(-tokens // block_size)
 
 
 def uniform_requests(num_prompts: int, prompt_tokens: int, output_tokens: int) -> Sequence[Request]:

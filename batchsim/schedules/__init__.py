@@ -7,3 +7,8 @@ from batchsim.schedules.async_ import async_
 from batchsim.schedules.sync import sync
 
 SCHEDULES: dict[str, ProgramFactory] = {"sync": sync, "async": async_}
+
+
+def loop_name(schedule: str, *, graphs: bool) -> str:
+    """What profiles call the loop of a schedule with CUDA graphs or kernel by kernel: `sync/graph`, `async/eager`."""
+    return f"{schedule}/{'graph' if graphs else 'eager'}"

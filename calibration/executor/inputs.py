@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from batchsim.batching.continuous import Batch, Request
+from batchsim.batching.continuous import Batch, Request, kv_blocks
 from calibration.executor.buffers import Geometry, Inputs, Int64
 from calibration.executor.decoder import Decoder
 
@@ -147,10 +147,10 @@ class InputBuilder:
         return prompt_tokens(self.decoder.seed, ids, positions, self.decoder.shape.vocab_size)
 
     def _admit(self, request: Request, context: int) -> None:
-        blocks, width = request.blocks, -(-self.decoder.max_model_len // self.decoder.block_size)
-        if len(blocks) > width or request.prompt_tokens + request.output_tokens + 1 > self.decoder.max_model_len:
+        blocks, width = request.blocks, kv_blocks(self.decoder.max_model_len, self.decoder.block_size)
+        if len(blocks) > width or request.max_tokens > self.decoder.max_model_len:
             raise ValueError(
-                f"request {request.id} may grow to {request.prompt_tokens + request.output_tokens + 1} tokens; "
+                f"request {request.id} may grow to {request.max_tokens} tokens; "
                 f"the decoder was built with max_model_len={self.decoder.max_model_len}"
             )
         if not self._free:
