@@ -142,6 +142,60 @@ def validate(
 
 
 @app.command()
+def tiles(
+    file: ScenarioFile,
+    sets: Sets = None,
+    profile: ProfileName = None,
+    device: Annotated[str | None, typer.Option(metavar="cuda", help="Measure on this device as well.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write result.json and report.html into this folder.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the ways to synchronise the tiles of dependent kernels."""
+    with _outcome():
+        if device not in (None, "cuda"):
+            raise InputError("--device", "", shown(device), "cuda")
+        _check_folder(out)
+        from batchsim.refusal import Override
+        from batchsim.tiles.scenario import load
+
+        overrides: list[str | Override] = list(sets or ())
+        if profile is not None:
+            overrides.append(Override("--profile", ("profile",), profile))
+        scenario = load(file, overrides)
+        if device is not None:
+            _need_cuda()
+
+        from batchsim.tiles.profile import load_tile_profile
+        from batchsim.tiles.result import compare_all
+
+        costs = load_tile_profile(scenario.profile, Path() if profile is not None else file.parent)
+        with _blame(file), _progress(f"simulating {file.name}") as progress:
+            found = compare_all(scenario, costs, tell=progress)
+        if device is not None:
+            from calibration.tile_trace import measure
+
+            with _progress(f"measuring {file.name}") as progress:
+                found = found.with_measured(lambda case: measure(case), tell=progress)
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            from rich.console import Console
+
+            from batchsim.tiles.report import print_tiles
+
+            print_tiles(Console(), found)
+        if out is not None:
+            from batchsim.files import write_json
+            from batchsim.tiles.report import write_tiles_report
+
+            write_json(out / "result.json", found.to_json())
+            write_tiles_report(out / "report.html", found)
+            typer.echo(f"wrote {out}: result.json, report.html", err=True)
+
+
+@app.command()
 def calibrate(
     model: Annotated[str, typer.Option(metavar="NAME", help="The model's shape, as llama-3.1-8b.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The profile to write, JSON.")],
@@ -300,3 +354,11 @@ def _need_torch() -> None:
 
     if find_spec("torch") is None:
         raise RunError("measuring a device needs torch: pip install 'batchsim[gpu]'")
+
+
+def _need_cuda() -> None:
+    _need_torch()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RunError("no CUDA device was found; measure tiles on a machine with one")

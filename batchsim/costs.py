@@ -9,8 +9,10 @@ import numpy as np
 
 from batchsim.batching.continuous import Batch
 from batchsim.machine import Burst, Latencies
+from batchsim.operations import KernelSync
 from batchsim.profile import DecodeCurve, PhaseFit, Profile
 from batchsim.schedules import loop_name
+from batchsim.tiles.level import NOTHING_SAVED, Saved, TileLevel
 
 
 class Draws:
@@ -37,7 +39,8 @@ class ProfileCosts:
     """The costs of one loop of a profile, for the simulated machine.
 
     `host_speed` is the speed of one host thread relative to the profile's machine. With `jitter` every step
-    draws its costs from the measured distribution; without, it pays their means.
+    draws its costs from the measured distribution; without, it pays their means. `tiles` tells what tile
+    synchronisation saves.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class ProfileCosts:
         jitter: bool = True,
         seed: int = 0,
         replication: int = 0,
+        tiles: TileLevel | None = None,
     ) -> None:
+        self._tiles = tiles
         self.loop = profile.loops[loop_name(schedule, graphs=graphs)]
         self.device = profile.device
         self.graphs = graphs
@@ -78,21 +83,29 @@ class ProfileCosts:
         """See `batchsim.machine.Costs`."""
         return self.loop.copy_in_device_ns if phase == "copy_in" else self.loop.copy_out_device_ns
 
-    def launch(self, batch: Batch) -> Sequence[Burst]:
+    def launch(self, batch: Batch, kernels: KernelSync = "stream") -> Sequence[Burst]:
         """See `batchsim.machine.Costs`: one burst for a graph, else one a layer and one before and after them."""
         if not self.overlaps:
             forward_ns = self.prefill_ns(batch) if batch.prefill_tokens else self.decode_ns(batch)
             return (Burst((forward_ns,), (forward_ns,)),)
+        saved = self._saved(batch) if kernels == "tile" else NOTHING_SAVED
         if self.graphs and not batch.prefill_tokens:
             host_ns = self._host_time("launch", self.loop.phases["launch"], batch)
-            return (Burst((host_ns,), (self.decode_ns(batch),)),)
+            return (Burst((host_ns,), (self.decode_ns(batch) - saved.ns,)),)
         launch_ns = self._host_time("kernel_launch", self.loop.kernel_launch, None)
         if batch.prefill_tokens:
             # The LM head, over the sampled rows alone, is next to nothing beside the prompts' tokens.
             rows = batch.num_tokens - batch.prefill_tokens
-            return self._kernels.bursts(rows, launch_ns, self.prefill_ns(batch), 0.0)
-        device_ns = self.decode_ns(batch) * self.device.eager_factor
-        return self._kernels.bursts(self._curve(batch.num_seqs).size, launch_ns, device_ns, self.device.outer_share)
+            return self._kernels.bursts(rows, launch_ns, self.prefill_ns(batch) - saved.ns, 0.0, saved.launches)
+        device_ns = self.decode_ns(batch) * self.device.eager_factor - saved.ns
+        rows = self._curve(batch.num_seqs).size
+        return self._kernels.bursts(rows, launch_ns, device_ns, self.device.outer_share, saved.launches)
+
+    def _saved(self, batch: Batch) -> Saved:
+        """What tile synchronisation takes off the forward."""
+        if self._tiles is None:
+            return NOTHING_SAVED
+        return self._tiles.saved(batch.num_tokens if batch.prefill_tokens else self._curve(batch.num_seqs).size)
 
     def decode_ns(self, batch: Batch) -> int:
         """Device time of a decode forward, nanoseconds."""

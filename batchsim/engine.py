@@ -13,11 +13,14 @@ from batchsim.costs import ProfileCosts
 from batchsim.errors import InputError, RunError
 from batchsim.machine import SimulatedMachine
 from batchsim.metrics import Metrics
+from batchsim.model import MODELS
 from batchsim.profile import Profile
 from batchsim.records import Observer, Span
 from batchsim.result import Run, ScheduleResult
 from batchsim.scenario import Scenario, check_memory
 from batchsim.schedules import SCHEDULES, loop_name
+from batchsim.tiles.level import TileLevel
+from batchsim.tiles.profile import TileProfile, load_tile_profile, tile_profile_of
 
 WINDOW_STEPS = 6
 
@@ -94,6 +97,7 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
     if profile.model != scenario.model:
         raise InputError(None, "profile", f"{profile.name}, measured for {profile.model}", f"one for {scenario.model}")
     check_memory(scenario, profile.device_memory_bytes)
+    tiles = tile_level_of(scenario, profile)
     results: dict[str, ScheduleResult] = {}
     windows: dict[str, tuple[Span, ...]] = {}
     for position, schedule in enumerate(scenario.schedules):
@@ -108,6 +112,7 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
             jitter=scenario.jitter,
             seed=scenario.seed,
             replication=scenario.replication,
+            tiles=tiles,
         )
         batcher = batcher_of(scenario)
         metrics, window = Metrics(), Window(steady_step(scenario))
@@ -123,7 +128,10 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
         )
         total_ns = machine.run(SCHEDULES[schedule]())
         result = metrics.result(schedule, total_ns, batcher)
-        results[schedule] = replace(result, warnings=tuple(f"{schedule}: {what}" for what in costs.extrapolated()))
+        warnings = costs.extrapolated()
+        if schedule == "tile" and tiles is None:
+            warnings.append(f"no tile profile of {profile.provenance.get('device')}; its forwards run as under async")
+        results[schedule] = replace(result, warnings=tuple(f"{schedule}: {what}" for what in warnings))
         windows[schedule] = window.spans()
     return Run(
         source="simulated",
@@ -132,6 +140,17 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
         windows=windows,
         provenance={"batchsim": __version__, "profile": profile.name, **profile.provenance},
     )
+
+
+def tile_level_of(scenario: Scenario, profile: Profile) -> TileLevel | None:
+    """The tile level of a scenario that has the tile schedule, by the scenario's tile profile or its device's."""
+    if "tile" not in scenario.schedules:
+        return None
+    if scenario.tile_profile is not None:
+        tiles: TileProfile | None = load_tile_profile(scenario.tile_profile)
+    else:
+        tiles = tile_profile_of(str(profile.provenance.get("device")))
+    return TileLevel(MODELS[scenario.model], tiles) if tiles is not None else None
 
 
 def with_gains(results: dict[str, ScheduleResult]) -> dict[str, ScheduleResult]:

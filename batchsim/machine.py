@@ -15,7 +15,7 @@ import simpy
 
 from batchsim.batching.continuous import Batch, ContinuousBatcher
 from batchsim.operations import (
-    BuildInputs, CopyIn, CopyOut, Forward, Program, Record, Schedule, StreamWait, Synchronize, Update,
+    BuildInputs, CopyIn, CopyOut, Forward, KernelSync, Program, Record, Schedule, StreamWait, Synchronize, Update,
 )  # fmt: skip
 from batchsim.records import Lane, Observer, Span
 from batchsim.streams import (
@@ -41,8 +41,8 @@ class Costs(Protocol):
         """Device time of the copy `copy_in` or `copy_out` for this batch."""
         ...
 
-    def launch(self, batch: Batch) -> Sequence[Burst]:
-        """The launches of one forward, in order."""
+    def launch(self, batch: Batch, kernels: KernelSync) -> Sequence[Burst]:
+        """The launches of one forward, in order; its kernels synchronised by `kernels`."""
         ...
 
 
@@ -139,7 +139,7 @@ class SimulatedMachine:
     def _launch(self, operation: Forward) -> Waiting:
         env, compute, launch_ns = self.env, self._streams["compute"], self.costs.latencies.launch_ns
         batch = operation.batch
-        bursts = self.costs.launch(batch)
+        bursts = self.costs.launch(batch, operation.kernels)
         stage = "prefill" if batch.prefill_tokens else "decode"
         last = len(bursts) - 1
         for position, burst in enumerate(bursts):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from batchsim.batching.continuous import Batch
 
 Stream = Literal["compute", "copy_in", "copy_out"]
+KernelSync = Literal["stream", "tile"]
 
 HOST_PHASES = (
     "schedule", "build_inputs", "copy_in", "launch", "copy_out", "record", "stream_wait", "wait", "update",
@@ -52,11 +53,16 @@ class CopyIn:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Launch the forward pass and the sampling of `batch` on the compute stream, as a graph or kernel by kernel."""
+    """Launch the forward pass and the sampling of `batch` on the compute stream, as a graph or kernel by kernel.
+
+    `kernels`: whether a kernel starts when the one before it has ended (stream), or its tiles when the tiles that they
+    read are written, wherever the tile level finds that faster (tile).
+    """
 
     phase: ClassVar[str] = "launch"
     batch: Batch
     slot: int
+    kernels: KernelSync = "stream"
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,12 +187,14 @@ class KernelCounts(_Model):
         """Launches of a forward that decodes `decode_rows` rows, padding included; 0: it only prefills."""
         return self.first + self.layers * self._in_layer(decode_rows) + self.last
 
-    def bursts(self, decode_rows: int, launch_ns: float, device_ns: float, outer_share: float) -> tuple[Burst, ...]:
-        """A forward of `device_ns` kernel time, each launch taking the host `launch_ns`.
+    def bursts(
+        self, decode_rows: int, launch_ns: float, device_ns: float, outer_share: float, fewer: int = 0
+    ) -> tuple[Burst, ...]:
+        """A forward of `device_ns` kernel time, each launch taking the host `launch_ns`, `fewer` launches in each layer.
 
         The layers' kernels share their part evenly; the first after the layers, the LM head, takes the rest.
         """
-        count = self._in_layer(decode_rows)
+        count = self._in_layer(decode_rows) - fewer
         host, each = round(launch_ns), round(device_ns * (1 - outer_share) / (self.layers * count))
         layer = Burst((host,) * count, (each,) * count)
         last = Burst((host,) * self.last, (round(device_ns * outer_share), *(0,) * (self.last - 1)))

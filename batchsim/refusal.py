@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,11 @@ class Refusals:
     def __init__(self, schema: dict[str, Any], hints: Mapping[str, tuple[str, str]]) -> None:
         self._schema = schema
         self._hints = hints
-        self._places = {str(path[-1]): key_text(path) for path in self._leaves(()) if path[-1] != "kind"}
+        places: dict[str, set[str]] = {}
+        for path in self._leaves(schema, ()):
+            places.setdefault(str(path[-1]), set()).add(key_text(path))
+        # A key that has its place in several mappings tells nothing about which one was meant.
+        self._places = {word: found.pop() for word, found in places.items() if len(found) == 1 and word != "kind"}
 
     def explain(
         self, error: ValidationError, document: Document, file: str, overrides: Iterable[Override]
@@ -80,59 +84,107 @@ class Refusals:
     def _problem(
         self, detail: ErrorDetails, document: Document, file: str, overrides: tuple[Override, ...]
     ) -> InputError:
-        path: KeyPath = detail["loc"]
+        path, schema = self._locate(detail["loc"], document.data)
         match detail["type"]:
             case "refused":
                 context = detail["ctx"]
                 path = (*path, *filter(None, [context["key"]]))
                 found, wanted = context["found"], context["wanted"]
             case "missing":
-                found, wanted = "nothing", self._wanted(path)
+                found, wanted = "nothing", self._wanted(schema)
             case "extra_forbidden":
-                found, wanted = self._unknown_key(path)
+                found, wanted = self._unknown_key(path, self._locate(detail["loc"][:-1], document.data)[1])
+            case "union_tag_not_found" | "union_tag_invalid":
+                # The kind is missing or wrong: nothing else in the mapping can be judged.
+                kind = detail["input"].get("kind")
+                path = (*path, "kind")
+                found = shown(kind) if "kind" in detail["input"] else "nothing"
+                wanted = choice(kind, list(_branches(schema)))
             case _:
-                found, wanted = shown(detail["input"]), self._wanted(path, detail["input"])
+                found, wanted = shown(detail["input"]), self._wanted(schema, detail["input"])
         for override in reversed(overrides):
             if _within(path, override.path) or _within(override.path, path):
                 return InputError(override.option, key_text(path), found, wanted)
         lines = (document.lines.get(path[:n]) for n in range(len(path), 0, -1))
         return InputError(file, key_text(path), found, wanted, line=next(filter(None, lines), None))
 
-    def _unknown_key(self, path: KeyPath) -> tuple[str, str]:
+    def _unknown_key(self, path: KeyPath, parent: dict[str, Any]) -> tuple[str, str]:
         *parents, last = path
         word = str(last)
         if word in self._hints:
             return self._hints[word]
-        here = list(self._at(tuple(parents)).get("properties", ()))
-        if word in self._places:
-            return "a key of another place", self._places[word]
+        here = list(parent.get("properties", ()))
+        if (place := self._places.get(word)) is not None:
+            return (
+                ("a key of another place", place) if place != _text(path) else ("a key of another kind", one_of(here))
+            )
         if guess := nearest(word, here):
             return "an unknown key", key_text((*parents, guess))
         if guess := nearest(word, self._places):
             return "an unknown key", self._places[guess]
         return "an unknown key", one_of(here)
 
-    def _leaves(self, path: KeyPath) -> list[KeyPath]:
-        """The paths of all keys that a file may hold, below `path`."""
-        below = [(*path, key) for key in self._at(path).get("properties", ())]
-        return below + [leaf for child in below for leaf in self._leaves(child)]
+    def _leaves(self, schema: dict[str, Any], path: KeyPath) -> Iterator[KeyPath]:
+        """The paths of all keys that a file may hold below `path`, those in lists without their numbers."""
+        schema = self._plain(schema)
+        for branch in _branches(schema).values():
+            yield from self._leaves(branch, path)
+        if "items" in (array := _array(schema)):
+            yield from self._leaves(array["items"], path)
+        for key, below in schema.get("properties", {}).items():
+            yield (*path, key)
+            yield from self._leaves(below, (*path, key))
 
-    def _at(self, path: KeyPath) -> dict[str, Any]:
-        """The schema of the value at `path`; empty where there is to be none."""
-        schema = self._schema
-        for part in path:
-            schema = schema.get("items", {}) if isinstance(part, int) else schema.get("properties", {}).get(part, {})
+    def _locate(self, loc: tuple[str | int, ...], data: object) -> tuple[KeyPath, dict[str, Any]]:
+        """The place in the file that pydantic means by `loc`, and the schema of what belongs there.
+
+        Pydantic's place also names the branches of unions, and the entries of a list where the file has a single value.
+        """
+        path: list[str | int] = []
+        schema, value = self._plain(self._schema), data
+        for part in loc:
+            if part in (branches := _branches(schema)):
+                schema = self._plain(branches[str(part)])
+                continue
+            if isinstance(part, int):
+                array = _array(schema)
+                ahead = array.get("prefixItems", ())
+                schema = self._plain(ahead[part] if part < len(ahead) else array.get("items", {}))
+            else:
+                schema = self._plain(schema.get("properties", {}).get(part, {}))
+            match value:
+                case dict() if isinstance(part, str):
+                    value = value.get(part, _MISSING)
+                case list() if isinstance(part, int):
+                    value = value[part] if part < len(value) else _MISSING
+                case _:
+                    continue
+            path.append(part)
+        return tuple(path), schema
+
+    def _plain(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The schema that a reference stands for; of one that null satisfies too, the other alternative."""
+        while True:
             if "$ref" in schema:
                 schema = self._schema["$defs"][schema["$ref"].rpartition("/")[2]]
-        return schema
+                continue
+            some = [option for option in schema.get("anyOf", ()) if option.get("type") != "null"]
+            if len(some) != 1:
+                return schema
+            (schema,) = some
 
-    def _wanted(self, path: KeyPath, value: object = None) -> str:
-        """What the schema asks for at `path`, in words."""
-        schema = self._at(path)
+    def _wanted(self, schema: dict[str, Any], value: object = None) -> str:
+        """What the schema asks for, in words."""
+        schema = self._plain(schema)
         if "const" in schema:
             return f"{schema['const']}, the only one in this version"
         if "enum" in schema:
             return choice(value, schema["enum"])
+        if branches := _branches(schema):
+            return f"a mapping with kind: {one_of(list(branches))}"
+        if "anyOf" in schema:
+            single = self._wanted(schema["anyOf"][0])
+            return single if single.startswith("a mapping") else f"{single}, or a list of such"
         match schema.get("type"):
             case "integer":
                 return f"an integer from {schema['minimum']} to {schema['maximum']}"
@@ -142,19 +194,49 @@ class Refusals:
                 return "true or false"
             case "string":
                 return f"text of {schema['minLength']} to {schema['maxLength']} characters"
+            case "array" if "prefixItems" in schema:
+                ahead = schema["prefixItems"]
+                return f"a list of {len(ahead)}, each {self._wanted(ahead[0])}"
             case "array":
-                return f"a list of one or more of {', '.join(schema['items']['enum'])}"
+                return f"a list of one or more of {self._entries(schema['items'])}"
             case _:
-                return f"a mapping with {', '.join(schema['required'])}"
+                keys = schema.get("required") or schema.get("properties", ())
+                return f"a mapping with {', '.join(keys)}"
+
+    def _entries(self, schema: dict[str, Any]) -> str:
+        schema = self._plain(schema)
+        return ", ".join(schema["enum"]) if "enum" in schema else self._wanted(schema)
+
+
+_MISSING = object()
+
+
+def _branches(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The alternatives of a union, by their `kind`; none of any other schema."""
+    mapping = schema.get("discriminator", {}).get("mapping", {})
+    return {kind: {"$ref": reference} for kind, reference in mapping.items()}
+
+
+def _array(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema itself, or of one value or a list of such the list."""
+    return next((option for option in schema.get("anyOf", ()) if option.get("type") == "array"), schema)
+
+
+def _text(path: KeyPath) -> str:
+    return key_text(tuple(part for part in path if not isinstance(part, int)))
 
 
 def _told(error: ValidationError) -> list[ErrorDetails]:
-    """The errors worth telling: not what follows from a wrong `kind`, nor from a wrong entry for its list."""
+    """The errors worth telling: not what follows from a wrong `kind`, nor, for a list, from a wrong entry."""
     details = error.errors(include_url=False)
     kinds = [d["loc"] for d in details if d["loc"][-1:] == ("kind",) and d["type"] == "literal_error"]
     details = [d for d in details if d["loc"] in kinds or not any(_within(d["loc"], kind[:-1]) for kind in kinds)]
-    entries = [detail["loc"][:-1] for detail in details if detail["loc"] and isinstance(detail["loc"][-1], int)]
-    return [detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in entries]
+    return [
+        detail
+        for detail in details
+        if detail["type"] != "too_short"
+        or not any(other is not detail and _within(other["loc"], detail["loc"]) for other in details)
+    ]
 
 
 def _within(path: KeyPath, scope: KeyPath) -> bool:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
-from batchsim import yaml_loader
+from batchsim import fields, yaml_loader
 from batchsim.batching.continuous import kv_blocks, max_tokens
 from batchsim.errors import InputError, shown
+from batchsim.fields import Count, Model, Text, key_of
 from batchsim.model import MODELS
-from batchsim.refusal import Override, Refusals, choice, refused
+from batchsim.refusal import Override, Refusals, refused
 from batchsim.schedules import SCHEDULES
-from batchsim.yaml_loader import Document
 
 # Keys of workloads with an arrival process, which this version does not have.
 ARRIVAL_KEYS = frozenset({"request_rate", "burstiness", "max_concurrency"})
-
-
-def _key_of(table: Mapping[str, object]) -> Callable[[str], str]:
-    def check(value: str) -> str:
-        if value not in table:
-            raise refused(shown(value), choice(value, list(table)))
-        return value
-
-    return check
 
 
 def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -43,23 +34,11 @@ def _power_of_two(value: int) -> int:
     return value
 
 
-def _printable(value: str) -> str:
-    if not value.isprintable() or value.isspace():
-        raise refused(shown(value), "printable text on one line")
-    return value
+ModelName = Annotated[str, AfterValidator(key_of(MODELS)), Field(json_schema_extra={"enum": list(MODELS)})]
+ScheduleName = Annotated[str, AfterValidator(key_of(SCHEDULES)), Field(json_schema_extra={"enum": list(SCHEDULES)})]
 
 
-ModelName = Annotated[str, AfterValidator(_key_of(MODELS)), Field(json_schema_extra={"enum": list(MODELS)})]
-ScheduleName = Annotated[str, AfterValidator(_key_of(SCHEDULES)), Field(json_schema_extra={"enum": list(SCHEDULES)})]
-Text = Annotated[str, AfterValidator(_printable), Field(min_length=1, max_length=200)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class FixedWorkload(_Model):
+class FixedWorkload(Model):
     """Equal requests, all present at the start."""
 
     kind: Literal["fixed"]
@@ -75,20 +54,22 @@ class FixedWorkload(_Model):
 Workload = FixedWorkload
 
 
-class Scenario(_Model):
+class Scenario(Model):
     """A serving loop: a model, a machine's measured costs, requests, and the limits of the batcher.
 
     Frozen and strict. `load` reads one from a file; constructed directly it raises pydantic's ValidationError.
     """
 
     kind: Literal["serving"]
-    """What is simulated; serving is the only kind yet."""
+    """What is simulated: a serving loop."""
     name: Text
     """A title for tables and reports."""
     model: ModelName
     """The model's shape."""
     profile: Text
     """Measured costs: the name of a shipped profile, or the path of a JSON file relative to the scenario's."""
+    tile_profile: Text | None = None
+    """For the tile schedule, measured costs of tiles: a shipped name or a path; without it those of the same device."""
     workload: Workload
     """The requests."""
     schedules: Annotated[tuple[ScheduleName, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)] = (
@@ -135,19 +116,20 @@ def load(path: Path | str, sets: Iterable[str | Override] = ()) -> Scenario:
         InputError: with everything that is wrong, a line each.
     """
     path = Path(path)
-    document = yaml_loader.load(path)
-    return _scenario(document, str(path), sets)
+    return fields.read(Scenario, _refusals(), yaml_loader.load(path), str(path), sets)
 
 
 def parse(text: str, file: str = "scenario", sets: Iterable[str | Override] = ()) -> Scenario:
     """As `load`, from text; `file` is what errors name."""
-    return _scenario(yaml_loader.parse(text, file), file, sets)
+    return fields.read(Scenario, _refusals(), yaml_loader.parse(text, file), file, sets)
 
 
 def scenario_json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a scenario file, for editors and other programs."""
-    schema = Scenario.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "BatchSim scenario"}
+    """The JSON schema (draft 2020-12) of a scenario file of any kind, for editors and other programs."""
+    from batchsim.tiles.scenario import TilesScenario
+
+    every: TypeAdapter[Any] = TypeAdapter(Annotated[Scenario | TilesScenario, Field(discriminator="kind")])
+    return {**fields.DRAFT, **every.json_schema(), "title": "BatchSim scenario"}
 
 
 def check_memory(scenario: Scenario, device_memory_bytes: int) -> None:
@@ -180,20 +162,10 @@ def _gb(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:,.3g} GB" if size_bytes < 1e12 else f"{size_bytes / 1e9:,.0f} GB"
 
 
-def _scenario(document: Document, file: str, sets: Iterable[str | Override]) -> Scenario:
-    overrides = [Override.parse(entry) if isinstance(entry, str) else entry for entry in sets]
-    for override in overrides:
-        override.apply(document.data)
-    try:
-        return Scenario.model_validate(document.data)
-    except ValidationError as error:
-        raise _refusals().explain(error, document, file, overrides) from None
-
-
 @cache
 def _refusals() -> Refusals:
     arrivals = (
         "a key of an arrival process, which this version does not have",
         "kind: fixed with num_prompts, input_len and output_len: all requests present at the start",
     )
-    return Refusals(scenario_json_schema(), dict.fromkeys(ARRIVAL_KEYS, arrivals))
+    return fields.refusals_of(Scenario, dict.fromkeys(ARRIVAL_KEYS, arrivals))

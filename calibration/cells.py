@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from batchsim.batching.continuous import ContinuousBatcher, Request, attended_pairs
 from batchsim.operations import HOST_PHASES
 from batchsim.records import Span
-from batchsim.schedules import SCHEDULES, loop_name
+from batchsim.schedules import LOOPS, loop_name
 
 Samples = dict[str, list[int]]
 
@@ -151,7 +151,7 @@ def plan(*, kv_tokens: int, sizes: tuple[int, ...], max_context: int, prefill_to
     for size in sizes[::3]:
         longest = min(max_context, kv_tokens // size - 64)
         contexts = [round(longest * share) for share in (0.06, 0.4)]
-        cells += [Cell(schedule, False, size, c, steps=40) for schedule in SCHEDULES for c in contexts]
+        cells += [Cell(schedule, False, size, c, steps=40) for schedule in LOOPS for c in contexts]
     for tokens in prefill_tokens:
         # Whole prompts of 64 to 256 tokens, and a chunk of one long prompt: the two give attention's share.
         short = next(n for n in (256, 128, 64) if tokens % n == 0)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
 from batchsim.profile import DecodeCurve, DeviceFit, KernelCounts, LoopFit, PhaseFit, PrefillFit, Profile
-from batchsim.schedules import SCHEDULES, loop_name
+from batchsim.schedules import LOOPS, loop_name
 from calibration.cells import Cell, Samples
 
 Measured = Mapping[Cell, Samples]
@@ -247,7 +247,7 @@ def fit_profile(
 ) -> Profile:
     """Fit everything a profile holds to the samples of the cells."""
     loops: dict[str, Any] = {}
-    for schedule in SCHEDULES:
+    for schedule in LOOPS:
         for graphs in (True, False):
             like = loops.get(loop_name("sync", graphs=graphs))
             loop = fit_loop(measured, schedule, graphs=graphs, kernels=kernels, like=like)

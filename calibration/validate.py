@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from batchsim.batching.continuous import kv_blocks, max_tokens
-from batchsim.engine import Window, batcher_of, steady_step, tell_all, with_gains
+from batchsim.engine import Window, batcher_of, steady_step, tell_all, tile_level_of, with_gains
 from batchsim.metrics import Metrics
 from batchsim.model import MODELS
 from batchsim.operations import HOST_PHASES
@@ -60,6 +60,7 @@ class Bench:
         ):
             decoder = self._decoder = None  # what it holds of the device is needed for the next
             decoder = self._decoder = self._build(scenario, sizes, running, max(length, probe_length), blocks)
+        decoder.tiles = tile_level_of(scenario, profile)
         return Executor(decoder, graphs=scenario.cuda_graphs)
 
     def _build(self, scenario: Scenario, sizes: Sequence[int], running: int, length: int, blocks: int) -> Decoder:

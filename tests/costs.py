@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from batchsim.batching.continuous import Batch, ContinuousBatcher
 from batchsim.machine import Burst, Latencies, SimulatedMachine
 from batchsim.metrics import Metrics
+from batchsim.operations import KernelSync
 from batchsim.records import Span
 from batchsim.result import ScheduleResult
 from batchsim.schedules import SCHEDULES
@@ -28,7 +29,7 @@ class FixedCosts:
     def copy_ns(self, phase: str, batch: Batch) -> int:
         return self.copy
 
-    def launch(self, batch: Batch) -> Sequence[Burst]:
+    def launch(self, batch: Batch, kernels: KernelSync) -> Sequence[Burst]:
         return self.forward[batch.index % len(self.forward)]
 
 

@@ -11,6 +11,7 @@ from batchsim.batching.continuous import Batch, ContinuousBatcher, uniform_reque
 from batchsim.costs import ProfileCosts
 from batchsim.machine import Burst, Costs, Latencies, SimulatedMachine
 from batchsim.metrics import Metrics
+from batchsim.operations import KernelSync
 from batchsim.profile import KernelCounts, Profile
 from batchsim.records import Span
 from batchsim.result import ScheduleResult
@@ -57,7 +58,7 @@ class KnownMachine:
     def copy_ns(self, phase: str, batch: Batch) -> int:
         return 3_000
 
-    def launch(self, batch: Batch) -> Sequence[Burst]:
+    def launch(self, batch: Batch, kernels: KernelSync) -> Sequence[Burst]:
         rows = next((size for size in SIZES if size >= batch.num_seqs), batch.num_seqs)
         if batch.prefill_tokens:
             device = 900_000 + 3_000 * batch.num_tokens + 0.05 * batch.prefill_pairs(TILE) + 9 * batch.kv_tokens

@@ -103,7 +103,10 @@ class TestRun:
         [
             (["--set", "seed=x"], "--set: seed: found the string 'x'"),
             (["--schedules", "sync,,async"], "--schedules: schedules.1: found the string ''"),
-            (["--schedules", "tile"], "--schedules: schedules.0: found the string 'tile', wanted sync or async"),
+            (
+                ["--schedules", "turbo"],
+                "--schedules: schedules.0: found the string 'turbo', wanted sync, async or tile",
+            ),
             (["--out", SCENARIO], "--out: found a file"),
             (["--profile", ""], "--profile: profile: found the string ''"),
         ],
@@ -296,5 +299,5 @@ def test_the_readme_names_every_key_and_every_command() -> None:
     keys = [*Scenario.model_fields, *(f"workload.{key}" for key in FixedWorkload.model_fields)]
     assert [key for key in keys if f"`{key}`" not in readme] == []
     commands = re.findall(r"│ (\w+)  ", call("--help").stdout)
-    assert {"run", "validate", "calibrate", "schema"} <= set(commands)
+    assert {"run", "tiles", "validate", "calibrate", "schema"} <= set(commands)
     assert [name for name in commands if f"batchsim {name}" not in readme] == []

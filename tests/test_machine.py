@@ -115,7 +115,7 @@ def test_laws_of_the_machine(
         arrived = by_step["copy_out", step].end_ns
         wait = [s for s in lanes["host"] if s.step == step and s.stage == "wait"][-1]
         assert arrived + (costs.latencies.wake_up_ns if wait.start_ns < arrived else 0) <= update.start_ns
-        kernels = sum(sum(b.device_ns) for b in costs.launch(Batch(step, (), 0, 0, 0, 0)))
+        kernels = sum(sum(b.device_ns) for b in costs.launch(Batch(step, (), 0, 0, 0, 0), "stream"))
         assert forward.gap_ns is not None
         assert forward.end_ns - forward.start_ns == kernels + forward.gap_ns
     # The host is always in some phase: its spans tile the run.

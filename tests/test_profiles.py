@@ -13,7 +13,7 @@ import pytest
 from batchsim.errors import InputError
 from batchsim.model import MODELS
 from batchsim.profile import LoopFit, PhaseFit, Profile, load_profile
-from batchsim.schedules import SCHEDULES
+from batchsim.schedules import LOOPS
 from calibration.cells import Cell
 from calibration.points import PROFILES
 from tests.profiles import small_profile
@@ -55,7 +55,7 @@ def test_every_model_of_the_validation_has_its_profile() -> None:
 def test_names_its_model_and_holds_every_loop(profile: Profile) -> None:
     assert (FOLDER / f"{profile.name}.json").is_file()
     assert profile.kernels.layers == MODELS[profile.model].num_layers
-    assert set(profile.loops) == {f"{schedule}/{how}" for schedule in SCHEDULES for how in ("graph", "eager")}
+    assert set(profile.loops) == {f"{schedule}/{how}" for schedule in LOOPS for how in ("graph", "eager")}
 
 
 def test_says_where_it_comes_from_and_names_no_path_of_that_machine(profile: Profile) -> None:

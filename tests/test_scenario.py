@@ -18,6 +18,7 @@ from batchsim.model import MODELS
 from batchsim.refusal import Override
 from batchsim.scenario import FixedWorkload, Scenario, check_memory, load, parse, scenario_json_schema
 from batchsim.schedules import SCHEDULES
+from batchsim.tiles.scenario import load as load_tiles
 
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
 SMALLEST: dict[str, Any] = {
@@ -53,6 +54,7 @@ def test_defaults() -> None:
     scenario = parse(text_of())
     assert scenario.model_dump(mode="json") == {
         **SMALLEST,
+        "tile_profile": None,
         "schedules": ["sync", "async"],
         "cuda_graphs": True,
         "max_num_seqs": 256,
@@ -69,7 +71,8 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_scenarios_load_and_name_their_schema(path: Path) -> None:
-    load(path)
+    kind = yaml.safe_load(path.read_text())["kind"]
+    {"serving": load, "tiles": load_tiles}[kind](path)
     assert path.read_text().startswith("# yaml-language-server: $schema=scenario.schema.json\n")
 
 
@@ -78,7 +81,7 @@ def test_the_shipped_schema_is_current() -> None:
 
 
 def test_every_key_is_described_in_the_schema() -> None:
-    schema = scenario_json_schema()
+    schema = scenario_json_schema()["$defs"]["Scenario"]
     for key in Scenario.model_fields:
         described = schema["properties"][key]
         assert described.get("description") or "$ref" in described
@@ -169,8 +172,8 @@ def test_a_typo_in_a_key_is_refused_with_the_key_that_was_meant(path: tuple[str,
         ({"name": 3}, "name", "3", "text of 1 to 200 characters"),
         ({"schedules": []}, "schedules", "an empty list", "a list of one or more of sync, async"),
         ({"schedules": "sync"}, "schedules", "the string 'sync'", "a list of one or more of sync, async"),
-        ({"schedules": ["snc"]}, "schedules.0", "the string 'snc'", "sync or async (the nearest: sync)"),
-        ({"schedules": ["sync", 1]}, "schedules.1", "1", "sync or async"),
+        ({"schedules": ["snc"]}, "schedules.0", "the string 'snc'", "sync, async or tile (the nearest: sync)"),
+        ({"schedules": ["sync", 1]}, "schedules.1", "1", "sync, async or tile"),
         ({"schedules": ["sync", "sync"]}, "schedules", "sync twice", "each schedule once"),
         ({"cuda_graphs": "no"}, "cuda_graphs", "the string 'no'", "true or false"),
         ({"jitter": 0}, "jitter", "0", "true or false"),
@@ -182,7 +185,7 @@ def test_a_typo_in_a_key_is_refused_with_the_key_that_was_meant(path: tuple[str,
         ({"seed": -1}, "seed", "-1", "an integer from 0 to 9223372036854775807"),
         ({"block_size": 8}, "block_size", "8", "an integer from 16 to 65536"),
         ({"block_size": 24}, "block_size", "24", "a power of two of at least 16"),
-        ({"kind": "training"}, "kind", "the string 'training'", "serving, the only one in this version"),
+        ({"kind": "training"}, "kind", "the string 'training'", "serving or tiles"),
         (
             {"max_num_seqs": 512, "max_num_batched_tokens": 511},
             "max_num_batched_tokens",
@@ -266,8 +269,8 @@ class TestSet:
         assert told in str(refusal(text_of(schedules=["sync"]), text))
 
     def test_other_options_are_named_too(self) -> None:
-        error = refusal(text_of(), Override("--schedules", ("schedules",), ["tile"]))
-        assert str(error).startswith("--schedules: schedules.0: found the string 'tile', wanted sync or async")
+        error = refusal(text_of(), Override("--schedules", ("schedules",), ["turbo"]))
+        assert str(error).startswith("--schedules: schedules.0: found the string 'turbo', wanted sync, async or tile")
 
 
 class TestMemory:

@@ -104,7 +104,7 @@ def _timeline(rows: Sequence[_Row], length_ns: int, labelled: Sequence[Lane]) ->
             "%{customdata[1]:.4f} ms, lasts %{customdata[2]}<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
-        **_layout(height=round(position * _ROW_PX) + 110), barmode="overlay", uniformtext={"minsize": 9, "mode": "hide"}
+        **layout(height=round(position * _ROW_PX) + 110), barmode="overlay", uniformtext={"minsize": 9, "mode": "hide"}
     )
     figure.update_xaxes(title="ms since a forward ended", zeroline=False, range=[left_ns / 1e6, right_ns / 1e6])
     figure.update_yaxes(
@@ -132,7 +132,7 @@ def idle(predicted: Run, measured: Run | None) -> go.Figure:
             hovertemplate=f"%{{y}}<br><b>{label}</b> %{{x:.2%}} of the time<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
-        **_layout(height=len(rows) * 38 + 110 + 20 * (len(figure.data) // 5)), barmode="stack", bargap=0.3
+        **layout(height=len(rows) * 38 + 110 + 20 * (len(figure.data) // 5)), barmode="stack", bargap=0.3
     )
     for row, shares in rows.items():
         unused = sum(share for stage, share in shares.items() if stage not in ("busy", "launch gaps"))
@@ -189,7 +189,7 @@ def _errors(predicted: Run, measured: Run, labels: dict[str, str], title: str, v
             hovertemplate="<b>%{y}</b>, " + name + "<br>predicted %{customdata[0]}, measured %{customdata[1]}"
             "<br>error %{text}<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(**_layout(height=len(labels) * (16 * len(names) + 8) + 120), barmode="group", bargap=0.25)
+    figure.update_layout(**layout(height=len(labels) * (16 * len(names) + 8) + 120), barmode="group", bargap=0.25)
     reach = 1.4 * max((abs(value) for bar in figure.data for value in bar.x), default=0.0) or 1.0
     figure.update_xaxes(title=title, zeroline=True, zerolinewidth=1.5, range=[-reach, reach])
     order = {"categoryorder": "array", "categoryarray": list(labels.values()), "autorange": "reversed"}
@@ -260,7 +260,7 @@ def _duration(ns: int) -> str:
     return f"{ns / 1e6:,.3f} ms" if ns >= 1_000_000 else f"{ns / 1e3:,.3f} \N{MICRO SIGN}s"
 
 
-def _layout(height: int) -> dict[str, object]:
+def layout(height: int) -> dict[str, object]:
     grid = {"gridcolor": "rgba(128,128,128,0.2)", "zerolinecolor": "rgba(128,128,128,0.6)", "automargin": True}
     return {
         "template": None,

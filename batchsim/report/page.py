@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Iterable
-
-import plotly.graph_objects as go
-import yaml
-from plotly.offline import get_plotlyjs
-
 from batchsim.report import figures as draw
-from batchsim.report.style import SCRIPT, STYLE
+from batchsim.report.html import as_yaml, definitions, document, escaped, header, items, plot, section
 from batchsim.report.words import (
     METRICS,
     NEGLIGIBLE_GAIN,
@@ -26,9 +18,6 @@ from batchsim.report.words import (
     unique_warnings,
 )
 from batchsim.result import DEFINITIONS, Run, ScheduleResult, errors, figures
-
-# The browser itself refuses to fetch: the page has what it needs.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 _TIMELINE_NOTE = (
     "A few steps of the steady run, aligned where a forward ends. Blank is idle, hatched is waiting. "
@@ -54,70 +43,26 @@ def page(predicted: Run, measured: Run | None = None) -> str:
         plots["metric-errors"] = draw.metric_errors(predicted, measured)
         plots["stage-errors"] = draw.stage_errors(predicted, measured)
     sections = [
-        _section("Timeline", _TIMELINE_NOTE, _plot("timeline")),
-        _section("Close-up of one turn", _CLOSE_UP_NOTE, _plot("close-up")),
-        _section("Where the device's time goes", DEFINITIONS["idle_ns"].capitalize() + ".", _plot("idle")),
+        section("Timeline", _TIMELINE_NOTE, plot("timeline")),
+        section("Close-up of one turn", _CLOSE_UP_NOTE, plot("close-up")),
+        section("Where the device's time goes", DEFINITIONS["idle_ns"].capitalize() + ".", plot("idle")),
     ]
     if measured is not None:
-        side_by_side = f'<div class="pair">{_plot("metric-errors")}{_plot("stage-errors")}</div>'
-        sections.append(_section("Predicted against measured", agreement(predicted, measured), side_by_side))
+        side_by_side = f'<div class="pair">{plot("metric-errors")}{plot("stage-errors")}</div>'
+        sections.append(section("Predicted against measured", agreement(predicted, measured), side_by_side))
     sections += [
-        _section("All figures", "", _figures_table(predicted, measured)),
-        _section("Definitions", "", _definitions()),
-        _section("Scenario", "", _yaml(predicted.scenario)),
-        _section("Provenance", "", "".join(f"<h3>{_text(run.source)}</h3>{_yaml(run.provenance)}" for run in runs)),
+        section("All figures", "", _figures_table(predicted, measured)),
+        section("Definitions", "", definitions(DEFINITIONS)),
+        section("Scenario", "", as_yaml(predicted.scenario)),
+        section("Provenance", "", "".join(f"<h3>{escaped(run.source)}</h3>{as_yaml(run.provenance)}" for run in runs)),
     ]
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(name)} - BatchSim</title>",
-            f"<style>{STYLE}</style>",
-            f"<script>{get_plotlyjs()}</script>",
-            "</head><body><main>",
-            f'<header><p class="kicker">BatchSim report</p><h1>{_text(name)}</h1>',
-            f'<p class="headline">{_text(headline(predicted, measured))}</p>',
-            f'<ul class="causes">{_items(causes(measured or predicted))}</ul></header>',
-            _warnings(runs),
-            _cards(predicted, measured),
-            *sections,
-            "</main>",
-            _plot_data(plots),
-            f"<script>{SCRIPT}</script>",
-            "</body></html>\n",
-        ]
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _items(texts: Iterable[str]) -> str:
-    return "".join(f"<li>{_text(text)}</li>" for text in texts)
-
-
-def _section(title: str, note: str, body: str) -> str:
-    note = f'<p class="note">{_text(note)}</p>' if note else ""
-    return f"<section><h2>{_text(title)}</h2>{note}{body}</section>"
-
-
-def _plot(name: str) -> str:
-    return f'<div class="plot" id="{name}"></div>'
-
-
-def _plot_data(plots: dict[str, go.Figure]) -> str:
-    """The figures as JSON; `<` is escaped, so that no text in them can end the script element."""
-    data = {name: figure.to_plotly_json() for name, figure in plots.items()}
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return f'<script type="application/json" id="plots">{text}</script>'
+    top = header(name, headline(predicted, measured), causes(measured or predicted))
+    return document(name, [top, _warnings(runs), _cards(predicted, measured), *sections], plots)
 
 
 def _warnings(runs: list[Run]) -> str:
     found = unique_warnings(runs)
-    return f'<ul class="warnings">{_items(found)}</ul>' if found else ""
+    return f'<ul class="warnings">{items(found)}</ul>' if found else ""
 
 
 def _cards(predicted: Run, measured: Run | None) -> str:
@@ -135,7 +80,7 @@ def _card(name: str, predicted: Run, measured: Run | None) -> str:
         kind = "gain" if gain >= NEGLIGIBLE_GAIN else "same" if gain > -NEGLIGIBLE_GAIN else "loss"
         chip = f'<span class="chip {kind}">{gain:+.1%} against sync</span>'
     rows = [
-        f"<dt>{_text(metric.label)}</dt><dd>{_value(metric, found, truth, error)}</dd>"
+        f"<dt>{escaped(metric.label)}</dt><dd>{_value(metric, found, truth, error)}</dd>"
         for metric in METRICS
         if metric.key in _ON_CARDS and metric.key in found
     ]
@@ -147,13 +92,13 @@ def _card(name: str, predicted: Run, measured: Run | None) -> str:
         tokens += f'<p class="measured">measured {truth[key]:,.0f}{by} (error {error_text(key, error[key])})</p>'
     busy = min(max(result.device_busy_fraction, 0.0), 1.0)
     meter = f'<div class="meter" title="device busy {busy:.1%}"><i style="width:{busy * 100:.2f}%"></i></div>'
-    return f'<article class="card"><h3>{_text(name)} {chip}</h3>{tokens}{meter}<dl>{"".join(rows)}</dl></article>'
+    return f'<article class="card"><h3>{escaped(name)} {chip}</h3>{tokens}{meter}<dl>{"".join(rows)}</dl></article>'
 
 
 def _value(metric: Metric, found: dict[str, float], truth: dict[str, float], error: dict[str, float]) -> str:
     text = _number(found.get(metric.key), metric.format)
     if metric.key in truth and metric.key in error:
-        text += f" <small>{_text(error_text(metric.key, error[metric.key]))}</small>"
+        text += f" <small>{escaped(error_text(metric.key, error[metric.key]))}</small>"
     return text
 
 
@@ -165,14 +110,14 @@ def _figures_table(predicted: Run, measured: Run | None) -> str:
     """Every figure of every schedule: predicted, or predicted, measured and error."""
     columns = list(predicted.results)
     kinds = ("predicted", "measured", "error") if measured is not None else ("",)
-    head = "".join(f'<th colspan="{len(kinds)}">{_text(name)}</th>' for name in columns)
+    head = "".join(f'<th colspan="{len(kinds)}">{escaped(name)}</th>' for name in columns)
     under = "".join(f"<th>{kind}</th>" for _ in columns for kind in kinds) if measured is not None else ""
     rows = [f'<tr><th rowspan="{1 + bool(under)}"></th>{head}</tr>' + (f"<tr>{under}</tr>" if under else "")]
     for title, metrics in _groups(predicted, measured):
-        rows.append(f'<tr class="group"><th colspan="{1 + len(columns) * len(kinds)}">{_text(title)}</th></tr>')
+        rows.append(f'<tr class="group"><th colspan="{1 + len(columns) * len(kinds)}">{escaped(title)}</th></tr>')
         for metric in metrics:
             cells = "".join(_cells(metric, name, predicted, measured) for name in columns)
-            rows.append(f"<tr><th>{_text(metric.label)}</th>{cells}</tr>")
+            rows.append(f"<tr><th>{escaped(metric.label)}</th>{cells}</tr>")
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
 
@@ -209,14 +154,3 @@ def _cells(metric: Metric, name: str, predicted: Run, measured: Run | None) -> s
 def _all_figures(result: ScheduleResult) -> dict[str, float]:
     idle = {f"idle.{stage}": share for stage, share in idle_shares(result).items()}
     return shown(result) | idle | {f"counts.{key}": value for key, value in result.counts.items()}
-
-
-def _definitions() -> str:
-    return "<dl class='definitions'>{}</dl>".format(
-        "".join(f"<dt><code>{_text(key)}</code></dt><dd>{_text(text)}</dd>" for key, text in DEFINITIONS.items())
-    )
-
-
-def _yaml(value: object) -> str:
-    plain = json.loads(json.dumps(value, default=str))
-    return f"<pre>{_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100).rstrip())}</pre>"

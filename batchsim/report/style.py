@@ -48,7 +48,11 @@ tr > th:first-child:not([colspan]), tr[class] > th { text-align: left; padding-l
 tr[class="group"] th { padding-top: 14px; color: var(--dim); font-size: 13px; border-bottom: 1px solid var(--line); }
 pre, code { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { margin: 0; overflow-x: auto; }
-.plot .xtick text, .plot .ytick text, .plot .legendtext, .plot .xtitle, .plot .annotation-text,
+summary { cursor: pointer; color: var(--accent); padding: 6px 0; }
+tr.chosen td, tr.chosen th { font-weight: 650; }
+@media (max-width: 600px) { main { padding: 20px 10px 40px; } .card, section { padding: 14px 12px; }
+  .definitions { grid-template-columns: 1fr; } .definitions dd { margin-bottom: 6px; } }
+.plot [class*="tick"] text, .plot .legendtext, .plot [class*="title"], .plot .annotation-text,
 .plot .bartext-outside { fill: var(--fg) !important; }
 """
 
@@ -59,6 +63,16 @@ addEventListener("error", event => { root.dataset.error = event.message; });
 addEventListener("unhandledrejection", event => { root.dataset.error = String(event.reason); });
 const plots = JSON.parse(document.getElementById("plots").textContent);
 const config = { responsive: true, displayModeBar: false };
-Promise.all(Object.entries(plots).map(([id, plot]) => Plotly.newPlot(id, plot.data, plot.layout, config)))
-  .then(drawn => { root.dataset.rendered = drawn.length; });
+const draw = shown => Promise.all(shown.map(id => {
+  const { data, layout } = plots[id];
+  delete plots[id];
+  return Plotly.newPlot(id, data, layout, config);
+}));
+// Figures in a closed `details` are drawn when it is opened.
+const open = within => Object.keys(plots).filter(id => {
+  const place = document.getElementById(id);
+  return within.contains(place) && !place.closest("details:not([open])");
+});
+document.addEventListener("toggle", event => draw(open(event.target)), true);
+draw(open(document)).then(drawn => { root.dataset.rendered = drawn.length; });
 """

@@ -77,7 +77,7 @@ class Kernel:
 
     `slices`: shares that the contraction of each tile is split into, each a block of its own. `steps`: iterations of a
     tile's main loop. `occupancy`: blocks of the kernel that one multiprocessor holds. `cost` names the measured costs
-    of its tiles.
+    of its tiles. `group`: rows of tiles that are handed out together, column by column, at most half of them all.
     """
 
     name: str
@@ -88,9 +88,10 @@ class Kernel:
     slices: int = 1
     occupancy: int = 1
     cost: str = ""
+    group: int = 1
 
     def __post_init__(self) -> None:
-        for key in ("rows", "cols", "slices", "occupancy"):
+        for key in ("rows", "cols", "slices", "occupancy", "group"):
             if getattr(self, key) < 1:
                 raise GraphError(f"kernel {self.name}: {key} is {getattr(self, key)}; it has to be at least 1")
         if min(self.tile) < 1:

@@ -6,7 +6,7 @@ until the semaphores that its inputs count on are full. Which tiles share a sema
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -116,7 +116,7 @@ def compile_policy(chain: Chain, grouping: Sequence[Grouping | None] | None = No
     Without groupings StreamSync: kernel after kernel.
     """
     tiles = chain.tiles
-    order = np.arange(tiles, dtype=np.int32)
+    order = _order(chain)
     posts = np.full(tiles, -1, dtype=np.int32)
     if grouping is None:
         none = np.zeros(0, dtype=np.int32)
@@ -163,8 +163,8 @@ def compile_policy(chain: Chain, grouping: Sequence[Grouping | None] | None = No
     )
 
 
-def policies(chain: Chain) -> list[Policy]:
-    """StreamSync, and every proven policy that gives all producers the same kind of grouping.
+def policies(chain: Chain, only: Collection[str] | None = None) -> list[Policy]:
+    """StreamSync, and every proven policy that gives all producers the same kind of grouping, or those `only`.
 
     Where a producer has no grouping of a kind (a grid of one column has no StridedSync), it takes the next coarser.
     """
@@ -177,7 +177,7 @@ def policies(chain: Chain) -> list[Policy]:
             producer: next((g for g in groups if _coarseness(g.name) >= _coarseness(kind)), groups[-1])
             for producer, groups in offered.items()
         }
-        if not any(group.name == kind for group in picked.values()):
+        if (only is not None and kind not in only) or not any(group.name == kind for group in picked.values()):
             continue
         key = tuple(group.semaphore.tobytes() for group in picked.values())
         if key in seen:
@@ -218,11 +218,12 @@ def _prove_bounds(policy: Policy) -> None:
         if len(values) and not (low <= values.min() and values.max() < high):
             raise PolicyError(f"{policy.name}: a tile {what} a semaphore out of 0 to {policy.semaphores - 1}")
     posted = np.bincount(policy.posts[policy.posts >= 0], minlength=policy.semaphores)
-    late = np.flatnonzero(policy.wait_value > posted[policy.wait_semaphore]) if len(policy.wait_value) else ()
+    late = np.flatnonzero(policy.wait_value > posted[policy.wait_semaphore])
     if len(late):
-        semaphore = policy.wait_semaphore[late[0]]
+        entry = int(late[0])
+        semaphore = int(policy.wait_semaphore[entry])
         raise PolicyError(
-            f"{policy.name}: a tile waits for {policy.wait_value[late[0]]} posts to semaphore {semaphore}, "
+            f"{policy.name}: a tile waits for {policy.wait_value[entry]} posts to semaphore {semaphore}, "
             f"which gets {posted[semaphore]}: it would wait for ever"
         )
 
@@ -259,9 +260,9 @@ def _prove_coverage(policy: Policy) -> None:
             for need in chain.needs(dependence, tile):
                 first = base + (need.row * cols + need.col) * producer.slices
                 for share in range(producer.slices):
-                    step = full.get(int(policy.posts[first + share]))
-                    if step is None or step > need.step:
-                        when = "never" if step is None else f"only before step {step}"
+                    waited = full.get(int(policy.posts[first + share]))
+                    if waited is None or waited > need.step:
+                        when = "never" if waited is None else f"only before step {waited}"
                         raise PolicyError(
                             f"{policy.name}: tile {tuple(tile)} of {consumer.name} reads tile "
                             f"({need.row}, {need.col}, {share}) of {producer.name} at step {need.step} "
@@ -312,6 +313,17 @@ def blocked_tile(policy: Policy, slots: int) -> int | None:
                 break
         else:
             return running[0]
+
+
+def _order(chain: Chain) -> Ints:
+    """Tiles by kernel, by group of rows, by column, by row: rows end early, and few weights are in use at a time."""
+    parts = []
+    for base, kernel in zip(chain.bases, chain.kernels, strict=False):
+        rows, cols, slices = kernel.grid
+        row, col, share = np.indices((rows, cols, slices)).reshape(3, -1)
+        group = max(min(kernel.group, rows // 2), 1)
+        parts.append(base + np.lexsort((share, row, col, row // group)))
+    return np.concatenate(parts).astype(np.int32)
 
 
 def _waits(

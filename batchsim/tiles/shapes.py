@@ -11,7 +11,8 @@ from batchsim.tiles.graph import Chain, Dependence, Index, Interval, Kernel, Reg
 class Tiling:
     """A tile of `rows` x `cols` outputs, `depth` of the contraction an iteration, the contraction in `slices` shares.
 
-    `occupancy`: blocks that one multiprocessor holds; `cost` names the measured costs.
+    `occupancy`: blocks that one multiprocessor holds; `cost` names the measured costs. `group`: rows of tiles that are
+    handed out together, so that fewer of the weights are in use at a time.
     """
 
     rows: int
@@ -20,13 +21,14 @@ class Tiling:
     slices: int = 1
     occupancy: int = 1
     cost: str = ""
+    group: int = 1
 
 
 def gemm(name: str, m: int, n: int, k: int, tiling: Tiling) -> Kernel:
     """`m` x `n` outputs, each the product of `k` pairs."""
     return Kernel(
         name, m, n, (tiling.rows, tiling.cols), Index(-(-k // (tiling.depth * tiling.slices))),
-        tiling.slices, tiling.occupancy, tiling.cost,
+        tiling.slices, tiling.occupancy, tiling.cost, tiling.group,
     )  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def gated_mlp(m: int, hidden: int, inner: int, first: Tiling, second: Tiling, na
     """
     up = Kernel(
         "gate_up", m, inner, (first.rows, first.cols // 2), Index(-(-hidden // (first.depth * first.slices))),
-        first.slices, first.occupancy, first.cost,
+        first.slices, first.occupancy, first.cost, first.group,
     )  # fmt: skip
     return Chain(name, (up, gemm("down", m, hidden, inner, second)), (Dependence(0, 1, (rows_of(second, inner),)),))
 
@@ -106,7 +108,7 @@ def attention(
     steps = Index(1, row=rows, divisor=queries.depth) if rows % queries.depth else Index(
         rows // queries.depth, row=rows // queries.depth
     )  # fmt: skip
-    core = Kernel("attention", m, keys, (rows, head_dim), steps, 1, queries.occupancy, queries.cost)
+    core = Kernel("attention", m, keys, (rows, head_dim), steps, 1, queries.occupancy, queries.cost, queries.group)
     return Chain(
         name,
         (

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchsim.model import ModelShape
+from batchsim.operations import KernelSync
+from batchsim.tiles.level import TileLevel
 from calibration.executor.buffers import STAMPS, Buffers, Geometry, Inputs
+
+# hidden (rows, hidden_size), gate_up, down, inner (rows, intermediate_size), out (rows, hidden_size)
+TileMlp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 MAX_SPLITS = 32
 PROGRAMS_WANTED = 1024  # of the decode attention: about eight for each of an H200's 132 multiprocessors
@@ -35,7 +40,8 @@ class Decoder:
     bound what a batch may hold; `num_kv_blocks` blocks of `block_size` tokens (a power of two, at least 16) make
     the cache. Batches that only decode are padded to the next of `graph_sizes`, of which `max_num_seqs` is always
     one, whether or not they run as graphs, so that both compute the same bits. Weights and the cache's first
-    contents come from `seed`. On a GPU `dtype` is bfloat16 or float32, on the CPU any float type.
+    contents come from `seed`. On a GPU `dtype` is bfloat16 or float32, on the CPU any float type. Set
+    `tiles` to have forwards that ask for tile-synchronised kernels run them, on a GPU in bfloat16.
 
     Raises ValueError for a shape or size that the kernels do not handle.
     """
@@ -67,7 +73,9 @@ class Decoder:
         with torch.inference_mode():
             self._make_weights()
             self._make_workspace(rows)
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self.tiles: TileLevel | None = None
+        self._tile_mlps: dict[int, TileMlp | None] = {}
         self._pool: Any = None
 
     def _make_weights(self) -> None:
@@ -153,21 +161,32 @@ class Decoder:
             "prefill": ends + 1 + layers * (common + 1),
         }
 
-    def forward(self, slot: int, geometry: Geometry, *, graph: bool = False) -> None:
+    def forward(self, slot: int, geometry: Geometry, *, graph: bool = False, kernels: KernelSync = "stream") -> None:
         """Launch one forward of the inputs of `slot` on the current stream: stamps, layers, greedy sampling.
 
         Sampled tokens go to `buffers.sampled[slot, 2:]`, stamps before them. With `graph`, a batch that only
-        decodes is replayed from a CUDA graph, captured now if it was not before; ignored on the CPU.
+        decodes is replayed from a CUDA graph, captured now if it was not before; ignored on the CPU. `kernels`: tile
+        runs each MLP as one tile-synchronised kernel where `tiles` says that it is faster.
         """
+        mlp = self._tile_mlp(geometry.rows) if kernels == "tile" else None
         if graph and not geometry.tiles and self.device.type == "cuda":
-            captured = self._graphs.get((slot, geometry.rows))
+            captured = self._graphs.get((slot, geometry.rows, mlp is not None))
             if captured is None:
-                captured = self._capture(slot, geometry)
+                captured = self._capture(slot, geometry, mlp)
             captured.replay()
         else:
-            self._launch(slot, geometry)
+            self._launch(slot, geometry, mlp)
 
-    def _launch(self, slot: int, geometry: Geometry) -> None:
+    def _tile_mlp(self, rows: int) -> TileMlp | None:
+        """The tile-synchronised MLP of `rows` rows, or None where the library's kernels are to be used."""
+        if self.tiles is None or self.device.type != "cuda":
+            return None
+        if rows not in self._tile_mlps:
+            choice = self.tiles.choice(rows)
+            self._tile_mlps[rows] = None if choice is None else self.ops.tile_mlp(choice)
+        return self._tile_mlps[rows]
+
+    def _launch(self, slot: int, geometry: Geometry, mlp: TileMlp | None = None) -> None:
         ops, buffers, eps = self.ops, self.buffers, self.shape.norm_eps
         inputs: Inputs = buffers.device(slot, geometry)
         tables, sampled = buffers.device_tables[slot], buffers.sampled
@@ -188,9 +207,12 @@ class Decoder:
                 ops.prefill_attention(qkv, inputs, self.prefill_tile, tables, cache, attended)
             torch.mm(attended, layer.output.t(), out=branch)
             ops.add_norm(branch, residual, layer.mlp_norm, eps, hidden)
-            torch.mm(hidden, layer.gate_up.t(), out=gate_up)
-            ops.swiglu(gate_up, inner)
-            torch.mm(inner, layer.down.t(), out=branch)
+            if mlp is not None:
+                mlp(hidden, layer.gate_up, layer.down, inner, branch)
+            else:
+                torch.mm(hidden, layer.gate_up.t(), out=gate_up)
+                ops.swiglu(gate_up, inner)
+                torch.mm(inner, layer.down.t(), out=branch)
             last = index + 1 == len(self.layers)
             weight = self.final_norm if last else self.layers[index + 1].attention_norm
             ops.add_norm(branch, residual, weight, eps, hidden)
@@ -228,23 +250,23 @@ class Decoder:
             if size not in self.graph_sizes:
                 raise ValueError(f"{size} is not among the graph sizes {self.graph_sizes}")
             for slot in range(len(self.buffers.device_inputs)):
-                if (slot, size) not in self._graphs:
+                if (slot, size, False) not in self._graphs:
                     self._stage_idle(slot, Geometry.decoding(size))
                     with torch.inference_mode():
                         self._capture(slot, Geometry.decoding(size))
 
-    def _capture(self, slot: int, geometry: Geometry) -> torch.cuda.CUDAGraph:
+    def _capture(self, slot: int, geometry: Geometry, mlp: TileMlp | None = None) -> torch.cuda.CUDAGraph:
         # Launching first compiles kernels and sets cuBLAS up, which a capture could not. In the middle of a run it
         # computes what the replay computes again from the same inputs, so nothing is spoilt.
-        self._launch(slot, geometry)
+        self._launch(slot, geometry, mlp)
         torch.cuda.synchronize(self.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # One pool for all: graphs share it safely because they replay in order on one stream.
         with torch.cuda.graph(graph, pool=self._pool):
-            self._launch(slot, geometry)
-        self._graphs[slot, geometry.rows] = graph
+            self._launch(slot, geometry, mlp)
+        self._graphs[slot, geometry.rows, mlp is not None] = graph
         return graph
 
     def _stage_idle(self, slot: int, geometry: Geometry) -> None:

@@ -171,7 +171,8 @@ class _Run:
 
     def _forward(self, operation: Forward) -> None:
         plan = self._plans[operation.batch.index]
-        self.streams.launch(lambda: self.decoder.forward(plan.slot, plan.geometry, graph=self.executor.graphs))
+        graph, kernels = self.executor.graphs, operation.kernels
+        self.streams.launch(lambda: self.decoder.forward(plan.slot, plan.geometry, graph=graph, kernels=kernels))
 
     def _copy_out(self, operation: CopyOut) -> None:
         plan = self._plans[operation.batch.index]

@@ -1,0 +1,91 @@
+"""What tile synchronisation takes off a decoder's forward: the tile level's answer to the levels above it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from batchsim.model import ModelShape
+from batchsim.tiles.graph import Chain
+from batchsim.tiles.policy import Policy, policies
+from batchsim.tiles.profile import LibraryCurve, TileProfile
+from batchsim.tiles.shapes import Tiling, gated_mlp
+from batchsim.tiles.sm import simulate
+
+# The product of gate and up, the activation and the product down are three launches of the library's, one of ours.
+LAUNCHES_SAVED = 2
+# The finer policies cost as much to simulate as these together, and were never the best for a gated MLP's shapes.
+POLICIES = ("RowSync",)
+
+
+class Saved(NamedTuple):
+    """Device time of a forward, nanoseconds, and launches of each of its layers, that need not be spent."""
+
+    ns: int
+    launches: int
+
+
+NOTHING_SAVED = Saved(0, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tilings and the policy that a layer's gated MLP should run at, and its time against the library's."""
+
+    tilings: tuple[Tiling, Tiling]
+    policy: Policy
+    time_ns: int
+    library_ns: int
+
+
+class TileLevel:
+    """A decoder's gated MLPs on a device, simulated once for each number of rows and remembered."""
+
+    # The kernels of the framework stay where the tile-synchronised ones would be faster by less than this share.
+    MARGIN = 0.01
+
+    def __init__(self, shape: ModelShape, profile: TileProfile) -> None:
+        self.shape, self.profile = shape, profile
+        self._library = self._curve()
+        self._choices: dict[int, Choice | None] = {}
+
+    def saved(self, rows: int) -> Saved:
+        """What a forward of `rows` rows saves."""
+        choice = self.choice(rows)
+        if choice is None:
+            return NOTHING_SAVED
+        return Saved((choice.library_ns - choice.time_ns) * self.shape.num_layers, LAUNCHES_SAVED)
+
+    def choice(self, rows: int) -> Choice | None:
+        """What the MLP of `rows` rows should run at; None: the framework's own kernels are at least as fast."""
+        if rows not in self._choices:
+            self._choices[rows] = self._choose(rows)
+        return self._choices[rows]
+
+    def _choose(self, rows: int) -> Choice | None:
+        if self._library is None:
+            return None
+        library_ns = round(self._library.at(rows))
+        costs, device = self.profile.costs, self.profile.device
+        best: tuple[int, tuple[Tiling, Tiling], Policy] | None = None
+        for first in self.profile.tilings_of("gated"):
+            for second in self.profile.tilings_of("gemm"):
+                chain = self._chain(rows, first, second)
+                for policy in policies(chain, only=POLICIES):
+                    time_ns = simulate(policy, costs, device).total_ns
+                    if best is None or time_ns < best[0]:
+                        best = time_ns, (first, second), policy
+        if best is None or best[0] > library_ns * (1 - self.MARGIN):
+            return None
+        time_ns, tilings, policy = best
+        return Choice(tilings, policy, time_ns, library_ns)
+
+    def _chain(self, rows: int, first: Tiling, second: Tiling) -> Chain:
+        return gated_mlp(rows, self.shape.hidden_size, self.shape.intermediate_size, first, second)
+
+    def _curve(self) -> LibraryCurve | None:
+        wanted = "gated_mlp", self.shape.hidden_size, self.shape.intermediate_size
+        for curve in self.profile.library:
+            if (curve.chain, curve.hidden, curve.inner) == wanted:
+                return curve
+        return None

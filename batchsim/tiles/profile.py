@@ -1,0 +1,115 @@
+"""Measured costs of tiles on one device: read and check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveFloat, PositiveInt, ValidationError
+
+from batchsim.errors import InputError
+from batchsim.tiles.shapes import Tiling
+from batchsim.tiles.sm import TileCost, TileDevice
+
+Kind = Literal["gemm", "gated", "attention", "conv"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TilingEntry(_Model):
+    """A tiling that the device's kernels of one kind come in; its `cost` is a key of the profile's costs.
+
+    warps: of a block; the kernels of a chain share one launch, and so their number of warps. None: of no concern.
+    """
+
+    kind: Kind
+    tiling: Tiling
+    warps: PositiveInt | None = None
+
+
+class LibraryCurve(_Model):
+    """Time of a chain in the framework's own kernels, in one CUDA graph, by rows of its input."""
+
+    chain: str
+    hidden: PositiveInt
+    inner: PositiveInt
+    rows: list[PositiveInt]
+    ns: list[PositiveFloat]
+
+    def at(self, rows: int) -> float:
+        """Nanoseconds; piecewise linear between the measured, proportional to the rows beyond them."""
+        if rows >= self.rows[-1]:
+            return self.ns[-1] * rows / self.rows[-1]
+        import numpy as np
+
+        return float(np.interp(rows, self.rows, self.ns))
+
+
+class TileProfile(_Model):
+    """Everything measured about tiles on one device, and what was fitted to it."""
+
+    schema_version: Literal[1]
+    kind: Literal["tile_profile"]
+    name: str
+    provenance: dict[str, Any]
+    device: TileDevice
+    costs: dict[str, TileCost]
+    tilings: list[TilingEntry]
+    library: list[LibraryCurve] = []
+    measured: list[dict[str, Any]] = []
+    residuals: dict[str, FiniteFloat] = {}
+
+    def together(self, tilings: Iterable[Tiling]) -> bool:
+        """Whether kernels of these tilings can run as one chain."""
+        wanted = {tiling.cost for tiling in tilings}
+        return len({entry.warps for entry in self.tilings if entry.warps and entry.tiling.cost in wanted}) <= 1
+
+    def tilings_of(self, kind: Kind) -> list[Tiling]:
+        """The tilings of one kind of kernel, in the profile's order."""
+        return [entry.tiling for entry in self.tilings if entry.kind == kind]
+
+
+def load_tile_profile(name: str, base: Path | None = None) -> TileProfile:
+    """Read a shipped tile profile by name, or any by the path of its JSON, relative to `base`.
+
+    Raises:
+        InputError: no such profile, or a file that is not one.
+    """
+    path = (base or Path()) / name
+    shipped = _shipped()
+    if path.is_file():
+        return parse_tile_profile(path.read_text(encoding="utf-8"), str(path))
+    if name not in shipped:
+        wanted = f"a tile profile's JSON, or one of: {', '.join(sorted(shipped))}"
+        raise InputError(str(path), "profile", repr(name), wanted)
+    return parse_tile_profile(shipped[name].read_text(encoding="utf-8"), f"{name}.json")
+
+
+def parse_tile_profile(text: str, source: str) -> TileProfile:
+    """A tile profile from JSON text; `source` is what errors name."""
+    try:
+        return TileProfile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "profile"
+        raise InputError(source, key, repr(first["input"])[:80], first["msg"]) from None
+
+
+def tile_profile_of(device: str) -> TileProfile | None:
+    """The shipped tile profile that was measured on a device of this name, or None."""
+    for name in sorted(_shipped()):
+        profile = load_tile_profile(name)
+        if profile.provenance.get("device") == device:
+            return profile
+    return None
+
+
+def _shipped() -> dict[str, Any]:
+    folder = files("calibration") / "profiles" / "tiles"
+    if not folder.is_dir():
+        return {}
+    return {e.name.removesuffix(".json"): e for e in folder.iterdir() if e.name.endswith(".json")}

@@ -1,0 +1,66 @@
+"""The persistent kernel of two dependent matrix products, tile by tile. Import with Triton only."""
+
+# Triton kernels are not Python functions with types.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from calibration.executor.tiles.products import double, product
+from calibration.executor.tiles.sync import claim, claimed_ticket, clock, leave, multiprocessor, post, ticket
+
+
+@triton.jit(do_not_specialize=["first", "last", "count", "limit", "inner"])
+def pair_kernel(
+    a0, b0, b0_rest, c0, c0_rest, a1, b1, b1_rest, c1, c1_rest, inner,
+    tickets, wait_step, wait_semaphore, wait_value, state, semaphores, error, partials, arrivals, trace,
+    first, last, count, limit,
+    TICKET: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr, CUDA: tl.constexpr, TRACE: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, SHAPE0: tl.constexpr, SHAPE1: tl.constexpr,
+):  # fmt: skip
+    """Tickets `first` to `last` of the chain's: `c0` = activation(`a0` `b0`^T) and `c1` = `a1` `b1`^T, `a1` being `c0`.
+
+    With GATED `b0` is (2 * inner, k), and `c0` gated. Shapes as in `products`. `count`: semaphores.
+    """
+    number = first + claimed_ticket(claim(state, LANES), LANES)
+    fields = ticket(tickets, number, last, TICKET)
+    while number < last:
+        began = clock(CUDA)
+        kernel, row, col, share, steps, tile, waits_from, waits_to, semaphore, value, at = fields
+        place = row, col, share, steps, tile
+        waits = wait_step, wait_semaphore, wait_value, semaphores, error, limit, waits_from, waits_to
+        room = partials + at.to(tl.int64) * UNIT
+        if kernel == 0:
+            if GATED or SHAPE0[2] > 0:
+                written, waited, claimed = double(
+                    a0, b0, b0_rest, c0, c0_rest, place, waits, room, arrivals, state, inner,
+                    SHAPE0, GATED, ACTIVATION, LANES, CUDA,
+                )  # fmt: skip
+            else:
+                written, waited, claimed = product(
+                    a0, b0, c0, place, waits, room, arrivals, state, SHAPE0, ACTIVATION, LANES, CUDA
+                )
+        else:
+            if SHAPE1[2] > 0:
+                written, waited, claimed = double(
+                    a1, b1, b1_rest, c1, c1_rest, place, waits, room, arrivals, state, inner,
+                    SHAPE1, False, "none", LANES, CUDA,
+                )  # fmt: skip
+            else:
+                written, waited, claimed = product(
+                    a1, b1, c1, place, waits, room, arrivals, state, SHAPE1, "none", LANES, CUDA
+                )
+        # The next ticket is read while this tile's stores are under way.
+        number = first + claimed_ticket(claimed, LANES)
+        fields = ticket(tickets, number, last, TICKET)
+        if written:
+            post(semaphores, semaphore, value, CUDA)
+        if TRACE:
+            tl.store(trace + tile * 4, began)
+            tl.store(trace + tile * 4 + 1, clock(CUDA))
+            tl.store(trace + tile * 4 + 2, waited)
+            tl.store(trace + tile * 4 + 3, multiprocessor(CUDA).to(tl.int64))
+    leave(state, semaphores, count, LANES)
