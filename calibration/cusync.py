@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ PUBLISHED, PREDICTED = FOLDER / "published.yaml", FOLDER / "predicted.json"
 # The shapes behind the published rows: GPT-3's and LLaMA-65B's, an eighth of their inner sizes; hidden, inner.
 SHAPES = {"gpt3": (12288, 6144), "llama": (8192, 2816)}
 POLICIES = ("rowsync", "tilesync")
-DEPTH, ELEMENT_BYTES = 32, 2  # of the contraction that an iteration takes; half precision
+ELEMENT_BYTES = 2  # half precision
 
 # NVIDIA's data sheet: 80 multiprocessors, 900 GB/s, 6 MiB of L2, 125 TFLOP/s. Bandwidth of L2: Jia et al., 2018,
 # arXiv 1804.06826, table 3.1. A launch, a post and the filling of a pipeline are round figures; halved or doubled, they
@@ -48,27 +49,33 @@ V100 = TileDevice(
 PRODUCTS_PER_NS = 125_000 / 2 / V100.sms  # of one multiprocessor
 START_NS = 1000.0
 
+DRAWS = 5  # of the tiles' scatter that a time is the mean of
+
 # What is fitted: how well loads hide behind arithmetic, what a poll costs, how far tiles' times scatter.
-GRID = {"overlap": (2.0, 2.5, 3.0, 3.5, 4.0), "wait_ns": (300.0, 600.0, 900.0, 1200.0), "spread": (0.0, 0.005, 0.01)}
+GRID = {
+    "overlap": (2.0, 2.25, 2.5, 2.75, 3.0, 3.5),
+    "wait_ns": (300.0, 600.0, 900.0, 1200.0),
+    "spread": (0.0, 0.005, 0.01),
+}
 
 
 class Kind(NamedTuple):
-    """How a published kernel is tiled: elements of a tile; tiles by rows, columns and shares of the contraction."""
+    """How a published kernel is tiled: rows, columns and depth of an iteration; tiles by rows, columns and shares."""
 
-    tile: tuple[int, int]
+    tile: tuple[int, int, int]
     grid: tuple[int, int, int]
     occupancy: int
 
     def tiling(self, cost: str) -> Tiling:
-        return Tiling(*self.tile, DEPTH, self.grid[2], self.occupancy, cost)
+        return Tiling(*self.tile, slices=self.grid[2], occupancy=self.occupancy, cost=cost)
 
     def cost(self, step_ns: float) -> TileCost:
-        """Writing a tile goes at the pace of L2; arithmetic takes the share of an iteration that it does at its peak."""
-        rows, cols = self.tile
+        """Tiles are written at the pace of L2; the share is what an iteration's arithmetic takes at its peak."""
+        rows, cols, depth = self.tile
         written_ns = rows * cols * ELEMENT_BYTES / (V100.l2_bytes_per_ns / V100.sms)
-        share = min(rows * cols * DEPTH / PRODUCTS_PER_NS / step_ns, 1.0)
-        loads = (size * DEPTH * ELEMENT_BYTES for size in self.tile)
-        return TileCost(step_ns, START_NS, written_ns, *loads, share)
+        share = min(rows * cols * depth / PRODUCTS_PER_NS / step_ns, 1.0)
+        row_bytes, col_bytes = rows * depth * ELEMENT_BYTES, cols * depth * ELEMENT_BYTES
+        return TileCost(step_ns, START_NS, written_ns, row_bytes, col_bytes, share)
 
 
 @dataclass(frozen=True)
@@ -105,14 +112,16 @@ def published(path: Path = PUBLISHED) -> list[Row]:
     """The published rows that run the same tiles with and without synchronisation."""
     rows = []
     for entry in load_yaml(path).data["rows"]:
-        kinds = tuple(Kind(tuple(k["tile"]), tuple(k["grid"]), k["occupancy"]) for k in (entry["gemm1"], entry["gemm2"]))
+        kinds = tuple(
+            Kind(tuple(k["tile"]), tuple(k["grid"]), k["occupancy"]) for k in (entry["gemm1"], entry["gemm2"])
+        )
         gains = {policy: entry[policy]["improvement_pct"] for policy in POLICIES if policy in entry}
         rows.append(Row(entry["model"], entry["m"], kinds, (entry["gemm1_us"], entry["gemm2_us"]), gains))  # type: ignore[arg-type]
     return rows
 
 
 def hardware_order(policy: Policy) -> Policy:
-    """The policy with its tiles in the order in which CUDA hands out a grid: the shares of a tile far from each other."""
+    """The policy with its tiles in the order in which CUDA hands out a grid: one share of all tiles, then the next."""
     kernel, row, col, share = policy.places.T
     return replace(policy, order=np.lexsort((col, row, share, kernel)).astype(np.int32))
 
@@ -140,9 +149,11 @@ def gains(row: Row, device: TileDevice) -> list[Point]:
         for kernel, kind, us in zip(chain.kernels, row.kinds, row.us, strict=True)
     }
 
+    draws = [replace(device, replication=draw) for draw in range(DRAWS if device.spread else 1)]
+
     def total_ns(grouping: Grouping | None) -> float:
-        policy = compile_policy(chain, None if grouping is None else [grouping, None])
-        return simulate(hardware_order(policy), costs, device).total_ns + device.launch_gap_ns
+        policy = hardware_order(compile_policy(chain, None if grouping is None else [grouping, None]))
+        return mean(simulate(policy, costs, draw).total_ns for draw in draws) + device.launch_gap_ns
 
     offered = {grouping.name.lower(): grouping for grouping in groupings(chain, 0)}
     baseline_ns = total_ns(None)
@@ -172,7 +183,8 @@ def median_error(points: Sequence[Point]) -> float:
 
 
 def _try(fitted: tuple[float, ...]) -> tuple[TileDevice, tuple[Point, ...]]:
-    device = replace(V100, **dict(zip(GRID, fitted, strict=True)))
+    overlap, wait_ns, spread = fitted
+    device = replace(V100, overlap=overlap, wait_ns=wait_ns, spread=spread)
     return device, predictions(device)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from batchsim.tiles.scenario import AttentionChain, ConvChain, GatedChain, MlpCh
 from batchsim.tiles.shapes import Tiling, attention, conv_pair, gated_mlp, mlp
 
 LIBRARY = "library"
-ROUNDS = 9
-# A graph holds so many runs that its replay takes about this long.
-REPLAY_NS = 2_000_000
+# Beside StreamSync.
+POLICIES = ("TileSync", "TileSync/4", "Conv2DTileSync", "StridedSync", "RowSync")
+ROUNDS = 7
+# A graph holds so many runs that its replay takes about this long, and the device rests before each replay: under
+# sustained load the power limit lowers the clocks, by as much as all that ran in the last milliseconds has it.
+REPLAY_NS = 1_000_000
+REST_S = 0.005
 MAX_RUNS = 40
 
 Progress = Callable[[float, str], None]
-# Tilings by cost and slices, and the policy.
-Key = tuple[tuple[tuple[str, int], ...], str]
+# Tilings and the policy.
+Key = tuple[tuple[Tiling, ...], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +108,12 @@ def shapes_of(scenario: TilesScenario) -> list[Shape]:
 class Timing:
     """Nanoseconds of one chain, of many in a row in one CUDA graph: median and outer tenths over `rounds` replays.
 
-    tilings: (cost, slices) of each kernel, empty for the library's. error: of the output against float64, relative.
+    tilings: of each kernel, empty for the library's. error: of the output against float64, relative.
     """
 
     kind: str
     sizes: tuple[int, ...]
-    tilings: tuple[tuple[str, int], ...]
+    tilings: tuple[Tiling, ...]
     policy: str
     ns: float
     low_ns: float
@@ -123,15 +127,15 @@ class Timing:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Timing:
-        tilings = tuple((cost, slices) for cost, slices in value["tilings"])
+        tilings = tuple(Tiling(*fields) for fields in value["tilings"])
         return cls(**{**value, "sizes": tuple(value["sizes"]), "tilings": tilings})
 
 
-def tilings_for(shape: Shape) -> Iterator[tuple[Tiling, ...]]:
-    """The tilings in which the device's kernels can run a shape."""
-    from calibration.executor.tiles import offered
+def tilings_for(shape: Shape) -> list[tuple[Tiling, ...]]:
+    """The tilings in which a shape is timed."""
+    from calibration.executor.tiles.offers import offered
 
-    yield from offered(shape.kind, shape.sizes)
+    return offered(shape.kind, shape.sizes)
 
 
 def measure(
@@ -159,7 +163,7 @@ def measure(
 
 def measure_shape(shape: Shape, *, check: bool = False) -> list[Timing]:
     """One shape in all tilings, under all policies, interleaved."""
-    from calibration.executor.tiles import make_chain
+    from calibration.executor.tiles.offers import make_chain
 
     runs: dict[Key, tuple[Callable[[], object], float | None]] = {}
     checks: list[Callable[[], None]] = []
@@ -168,8 +172,7 @@ def measure_shape(shape: Shape, *, check: bool = False) -> list[Timing]:
     for tilings in tilings_for(shape):
         chain = make_chain(shape.kind, shape.sizes, tilings, like=first)
         first = first or chain
-        names = tuple((tiling.cost, tiling.slices) for tiling in tilings)
-        for policy in policies(chain.chain):
+        for policy in policies(chain.chain, POLICIES):
             bound = chain.bind(policy)
             chain.poison(1)
             bound.launch()
@@ -178,7 +181,7 @@ def measure_shape(shape: Shape, *, check: bool = False) -> list[Timing]:
             if check:
                 exact = chain.exact() if exact is None else exact
                 error = chain.error(exact)
-            runs[names, policy.name] = bound.launch, error
+            runs[tilings, policy.name] = bound.launch, error
             checks.append(bound.check)
     if first is None:
         return []
@@ -187,10 +190,11 @@ def measure_shape(shape: Shape, *, check: bool = False) -> list[Timing]:
     graphs = {key: _repeated(run) for key, (run, _) in runs.items()}
     samples: dict[Key, list[float]] = {key: [] for key in graphs}
     keys = list(graphs)
-    for round_ in range(-2, ROUNDS):
+    for round_ in range(-1, ROUNDS):
         random.Random(round_).shuffle(keys)
         for key in keys:
             graph, count = graphs[key]
+            time.sleep(REST_S)
             before, after = _event(), _event()
             before.record()
             graph.replay()
@@ -237,7 +241,8 @@ def _repeated(run: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int]:
 
 def save(path: Path, timings: Sequence[Timing], facts: dict[str, Any]) -> None:
     """A line for each timing, below a line of provenance."""
-    lines = ",\n ".join(json.dumps(asdict(timing), separators=(",", ":")) for timing in timings)
+    told = [asdict(timing) | {"tilings": [astuple(tiling) for tiling in timing.tilings]} for timing in timings]
+    lines = ",\n ".join(json.dumps(each, separators=(",", ":")) for each in told)
     write_text(path, f'{{"schema_version":1,"provenance":{json.dumps(facts)},\n"timings":[\n {lines}\n]}}\n')
 
 

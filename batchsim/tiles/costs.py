@@ -40,7 +40,7 @@ class TileDevice:
     fixup_ns: the same for a tile that Stream-K cuts.
     overlap: how well loads hide behind arithmetic: an iteration takes the norm of this order of the two times; 0: the
         longer of the two, as if it were infinite.
-    spread: standard deviation of the tiles' times, as a share of them.
+    spread: standard deviation of the tiles' times, as a share of them; `replication` numbers the draws.
     """
 
     name: str
@@ -57,3 +57,4 @@ class TileDevice:
     fixup_ns: float = 0.0
     overlap: float = 0.0
     spread: float = 0.0
+    replication: int = 0

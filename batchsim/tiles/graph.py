@@ -183,6 +183,7 @@ class Chain:
         steps = max(consumer.steps.at(tile), 1)
         tile_rows, tile_cols = producer.tile
         first: dict[tuple[int, int], int] = {}
+        # The main loop's steps divide what is read before it is cut off at the tensor's end.
         for region, ((top, bottom), (left, right)) in zip(
             dependence.regions, self.spans(dependence, tile), strict=True
         ):
@@ -192,8 +193,14 @@ class Chain:
                 for col in range(left // tile_cols, -(-right // tile_cols)):
                     step = 0
                     if region.walk == "rows":
-                        step = (max(row * tile_rows, top) - top) * steps // (bottom - top)
+                        step = _step(region.rows, tile, max(row * tile_rows, top), steps)
                     elif region.walk == "cols":
-                        step = (max(col * tile_cols, left) - left) * steps // (right - left)
+                        step = _step(region.cols, tile, max(col * tile_cols, left), steps)
                     first[row, col] = min(step, first.get((row, col), step))
         return [Need(row, col, step) for (row, col), step in sorted(first.items())]
+
+
+def _step(walked: Interval, tile: TileId, element: int, steps: int) -> int:
+    """The step at which a walk along an interval reaches an element of it."""
+    lo, hi = walked.lo.at(tile), walked.hi.at(tile)
+    return (element - lo) * steps // (hi - lo)

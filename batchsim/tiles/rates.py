@@ -8,11 +8,12 @@ from heapq import heappop, heappush
 from math import ceil
 
 import simpy
+from simpy.events import EventPriority
 
 from batchsim.streams import Environment
 from batchsim.tiles.costs import TileCost, TileDevice
 
-AFTER_ALL = 2  # priority of what runs when an instant's other events have
+AFTER_ALL = EventPriority(2)  # of what runs when an instant's other events have
 TOLERANCE_NS = 1e-6
 
 Mix = tuple[int, ...]  # how many tiles of each kernel compute on a multiprocessor
@@ -32,7 +33,7 @@ class Work:
     col: int
     step: int
     poll_ns: float
-    done: Callable[[], None]
+    done: Callable[[], object]
     cohort: int = 0
     target: float = 0.0
     group: Group | None = None
@@ -182,7 +183,7 @@ class Rates:
             event = simpy.Event(self.env)
             event._ok, event._value = True, None
             event.callbacks.append(self._settle)
-            self.env.schedule(event, AFTER_ALL)  # type: ignore[arg-type]
+            self.env.schedule(event, AFTER_ALL)
 
     def _settle(self, _event: simpy.Event) -> None:
         """Set the rates of the mix, and wake up when the first stretch ends at them."""

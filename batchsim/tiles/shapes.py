@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from batchsim.tiles.graph import Chain, Dependence, Index, Interval, Kernel, Region, whole
 
 
+# Tiles of a tail before they are split, about a wave.
+TAIL_TILES = 128
+
+
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """A tile of `rows` x `cols` outputs, `depth` of the contraction an iteration, the contraction in `slices` shares.
@@ -42,25 +46,52 @@ def rows_of(consumer: Tiling, k: int) -> Region:
     )
 
 
-def mlp(m: int, hidden: int, inner: int, first: Tiling, second: Tiling, name: str = "mlp") -> Chain:
-    """`(m, hidden) -> (m, inner) -> (m, hidden)`, the activation in the first product's epilogue."""
-    return Chain(
-        name,
-        (gemm("up", m, inner, hidden, first), gemm("down", m, hidden, inner, second)),
-        (Dependence(0, 1, (rows_of(second, inner),)),),
+def mlp(
+    m: int, hidden: int, inner: int, first: Tiling, second: Tiling, tail: Tiling | None = None, *, name: str = "mlp"
+) -> Chain:
+    """`(m, hidden) -> (m, inner) -> (m, hidden)`, the activation in the first product's epilogue.
+
+    With `tail` the last columns of the second product, `tail_cols` of them, are a kernel of their own, whose tiles are
+    split into shares: handed out last, they leave less of the device idle at the end than whole tiles would.
+    """
+    return Chain(name, (gemm("up", m, inner, hidden, first), *_down(m, hidden, inner, second, tail)),
+                 _reading(inner, second, tail))  # fmt: skip
+
+
+def tail_cols(m: int, hidden: int, tail: Tiling, slots: int = TAIL_TILES) -> int:
+    """Columns of a tail: about `slots` tiles, at most half of all columns."""
+    rows = -(-m // tail.rows)
+    return min(-(-slots // rows), hidden // tail.cols // 2) * tail.cols
+
+
+def _down(m: int, hidden: int, inner: int, second: Tiling, tail: Tiling | None) -> tuple[Kernel, ...]:
+    if tail is None:
+        return (gemm("down", m, hidden, inner, second),)
+    cols = tail_cols(m, hidden, tail)
+    return gemm("down", m, hidden - cols, inner, second), gemm("down tail", m, cols, inner, tail)
+
+
+def _reading(inner: int, *consumers: Tiling | None) -> tuple[Dependence, ...]:
+    """Dependences of products on the first kernel."""
+    return tuple(
+        Dependence(0, 1 + index, (rows_of(consumer, inner),))
+        for index, consumer in enumerate(each for each in consumers if each is not None)
     )
 
 
-def gated_mlp(m: int, hidden: int, inner: int, first: Tiling, second: Tiling, name: str = "gated mlp") -> Chain:
+def gated_mlp(
+    m: int, hidden: int, inner: int, first: Tiling, second: Tiling, tail: Tiling | None = None, *,
+    name: str = "gated mlp",
+) -> Chain:  # fmt: skip
     """Gate and up halves in one product; a tile of `first.cols` columns holds half of each, and writes their product.
 
-    The output of the first kernel is (m, inner): its tiles are `first.cols / 2` columns wide.
+    The output of the first kernel is (m, inner): its tiles are `first.cols / 2` columns wide. `tail` as in `mlp`.
     """
     up = Kernel(
         "gate_up", m, inner, (first.rows, first.cols // 2), Index(-(-hidden // (first.depth * first.slices))),
         first.slices, first.occupancy, first.cost, first.group,
     )  # fmt: skip
-    return Chain(name, (up, gemm("down", m, hidden, inner, second)), (Dependence(0, 1, (rows_of(second, inner),)),))
+    return Chain(name, (up, *_down(m, hidden, inner, second, tail)), _reading(inner, second, tail))
 
 
 def split_gated_mlp(m: int, hidden: int, inner: int, first: Tiling, second: Tiling, name: str = "gated mlp") -> Chain:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from heapq import heappop, heappush
-from math import ceil, lcm
+from math import ceil
+from zlib import crc32
 
 import numpy as np
 import simpy
@@ -20,9 +20,11 @@ from batchsim.tiles.costs import TileCost, TileDevice
 from batchsim.tiles.graph import TileId
 from batchsim.tiles.policy import Policy, PolicyError
 from batchsim.tiles.rates import Rates, Work
+from batchsim.tiles.slots import Multiprocessors
 
 __all__ = ["TileCost", "TileDevice", "TileRun", "TileSpan", "simulate"]
 
+# Runs by all that they depend on, without the arrays of their policies, which would fill the memory.
 REMEMBERED = 16384
 _remembered: dict[object, TileRun] = {}
 
@@ -101,52 +103,18 @@ def _run(policy: Policy, costs: Sequence[TileCost], device: TileDevice, record: 
     )
 
 
-class Multiprocessors:
-    """Room for blocks: a block takes `1 / occupancy` of a multiprocessor. Units make that an integer."""
-
-    def __init__(self, count: int, occupancy: list[int]) -> None:
-        self.full = lcm(*occupancy)
-        self._used = [0] * count
-        self._by_use: list[list[int]] = [[] for _ in range(self.full + 1)]  # heaps; entries that moved on are skipped
-        self._by_use[0] = list(range(count))
-        self._slots: list[list[int]] = [list(range(max(occupancy))) for _ in range(count)]
-
-    def take(self, units: int) -> int | None:
-        """The multiprocessor with the most room, first of equals, now with `units` less of it; None: it has too little."""
-        for used in range(self.full - units + 1):
-            heap = self._by_use[used]
-            while heap:
-                sm = heappop(heap)
-                if self._used[sm] == used:
-                    self._used[sm] = used + units
-                    heappush(self._by_use[used + units], sm)
-                    return sm
-        return None
-
-    def give(self, sm: int, units: int) -> None:
-        self._used[sm] -= units
-        heappush(self._by_use[self._used[sm]], sm)
-
-    def take_slot(self, sm: int) -> int:
-        return heappop(self._slots[sm])
-
-    def give_slot(self, sm: int, slot: int) -> None:
-        heappush(self._slots[sm], slot)
-
-
 class _Simulation:
+    """One run. Tiles are SimPy processes; what they compute meanwhile is a fluid, `Rates`."""
+
     def __init__(self, policy: Policy, costs: Sequence[TileCost], device: TileDevice, record: bool) -> None:
         kernels = policy.chain.kernels
         occupancy = [kernel.occupancy for kernel in kernels]
         self.env = Environment()
         self.policy, self.kernels, self.device, self.record = policy, kernels, device, record
         self.sms = Multiprocessors(device.sms, occupancy)
-        self.units = [self.sms.full // count for count in occupancy]
         self.rates = Rates(self.env, costs, occupancy, device)
         self.start_ns = [round(cost.start_ns) for cost in costs]
         self.end_ns = [round(cost.end_ns) for cost in costs]
-        self.post_ns, self.wait_ns = round(device.post_ns), round(device.wait_ns)
-        self.refill_ns, self.reduce_ns = round(device.refill_ns), round(device.reduce_ns)
         self.spans: list[TileSpan] = []
         self.busy_ns = 0.0  # of whole multiprocessors
         # Plain lists: reading one number of an array takes longer than a tile's whole event.
@@ -154,66 +122,89 @@ class _Simulation:
         self.waits_from = policy.waits_from.tolist()
         self.wait_step, self.wait_semaphore = policy.wait_step.tolist(), policy.wait_semaphore.tolist()
         self.wait_value = policy.wait_value.tolist()
-        self.factor = _factors(len(self.order), device.spread)
+        self.factors = _factors(len(self.order), device)
         self.counts = [0] * policy.semaphores
         self.waiting: dict[int, list[tuple[int, simpy.Event]]] = {}
         self.reduced_ns: dict[tuple[int, int, int], int] = {}
         self.next = 0  # place in the order of the tile to be handed out
         self.running = 0
         self.open = 0 if policy.barrier or device.wait_kernel_ns else len(kernels)  # the last kernel that may start
+        self.opening = False
         self.begun = -1  # the last kernel that did
 
     def run(self) -> int:
         self._hand_out()
         self.env.run()
-        if self.running or self.next < len(self.order):
+        if self.next < len(self.order) or self.running:
             raise PolicyError(
-                f"{self.policy.name}: {self.running} tiles hold every slot of {self.device.name} and wait for tiles "
-                "that no slot is left for"
+                f"{self.policy.name}: {self.running} tiles wait for tiles that no slot of {self.device.name} is free for"
             )
         return self.env.now
 
     def _hand_out(self) -> None:
-        order, places, units, sms = self.order, self.places, self.units, self.sms
-        while self.next < len(order):
-            tile = order[self.next]
-            kernel = places[tile][0]
+        """Hand out tiles, in their order, as long as there is room for the next."""
+        while self.next < len(self.order):
+            tile = self.order[self.next]
+            kernel = self.places[tile][0]
             if kernel > self.open:
-                if self.policy.barrier and not self.running:
-                    self.running = -1  # nothing else comes here until the gap has passed
-                    self._later(round(self.device.launch_gap_ns), self._open_next)
+                if self.policy.barrier and not self.running and not self.opening:
+                    self._open_after(self.device.launch_gap_ns)
                 return
-            sm = sms.take(units[kernel])
-            if sm is None:
+            place = self.sms.take(kernel)
+            if place is None:
                 return
             self.next += 1
             self.running += 1
-            simpy.Process(self.env, self._tile(tile, sm))
+            simpy.Process(self.env, self._tile(tile, *place))
             if kernel > self.begun:
                 self.begun = kernel
                 if self.device.wait_kernel_ns and not self.policy.barrier:
-                    self._later(round(self.device.wait_kernel_ns), self._open_next)
+                    self._open_after(self.device.wait_kernel_ns)
 
-    def _open_next(self) -> None:
+    def _open_after(self, delay_ns: float) -> None:
+        """Let the next kernel start after a while."""
+        self.opening = True
+        simpy.Timeout(self.env, round(delay_ns)).callbacks.append(self._open_next)
+
+    def _open_next(self, _event: simpy.Event) -> None:
+        self.opening = False
         self.open += 1
-        self.running = max(self.running, 0)
         self._hand_out()
 
-    def _later(self, delay_ns: int, call: object) -> None:
-        simpy.Timeout(self.env, delay_ns).callbacks.append(lambda _: call())  # type: ignore[operator]
+    def _tile(self, tile: int, sm: int, slot: int) -> Waiting:
+        """One block, from taking its slot to leaving it."""
+        env, started = self.env, self.env.now
+        kernel, row, col, share = self.places[tile]
+        waits: list[tuple[int, int]] = []
+        yield from self._main_loop(tile, sm, waits)
+        end_ns = self.end_ns[kernel]
+        if self.kernels[kernel].slices > 1:  # one share after the other, in the order in which they get here
+            reduced_ns = max(env.now, self.reduced_ns.get((kernel, row, col), 0)) + round(self.device.reduce_ns)
+            self.reduced_ns[kernel, row, col] = reduced_ns
+            end_ns += reduced_ns - env.now
+        semaphore = self.posts[tile]
+        if semaphore >= 0:
+            end_ns += round(self.device.post_ns)
+        if end_ns:
+            yield simpy.Timeout(env, end_ns)
+        if semaphore >= 0:
+            self._post(semaphore)
+        waited_ns = sum(end - begin for begin, end in waits)
+        self.busy_ns += (env.now - started - waited_ns) / self.kernels[kernel].occupancy
+        if self.record:
+            self.spans.append(TileSpan(kernel, row, col, share, sm, slot, started, env.now, tuple(waits)))
+        self.sms.give(kernel, sm, slot)
+        self.running -= 1
+        self._hand_out()
 
-    def _tile(self, tile: int, sm: int) -> Waiting:
-        """One block: waits are passed in the order of their steps; the main loop runs up to the first that holds it."""
+    def _main_loop(self, tile: int, sm: int, waits: list[tuple[int, int]]) -> Waiting:
+        """All iterations, in stretches up to the first that the semaphores hold up; notes down how long they did."""
         env, counts, semaphores, values = self.env, self.counts, self.wait_semaphore, self.wait_value
         kernel, row, col, share = self.places[tile]
-        slices = self.kernels[kernel].slices
+        slices, steps = self.kernels[kernel].slices, self.kernels[kernel].steps.at(TileId(row, col, share))
         entry, last = self.waits_from[tile], self.waits_from[tile + 1]
-        steps = self.kernels[kernel].steps.at(TileId(row, col, share))
-        factor = self.factor[tile] if self.factor else 1.0
-        started, waited, waits = env.now, 0, []
-        poll_ns = self.wait_ns * (last - entry) / steps if steps else 0.0
-        slot = self.sms.take_slot(sm)
-        work: Work | None = None
+        poll_ns = self.device.wait_ns * (last - entry) / max(steps, 1)
+        factor = self.factors[tile] if self.factors else 1.0
         done, delay_ns = 0, self.start_ns[kernel]
         while True:
             while entry < last and counts[semaphores[entry]] >= values[entry]:
@@ -229,29 +220,14 @@ class _Simulation:
                 yield event
                 done = step
             if entry == last:
-                break
+                return
             if counts[semaphores[entry]] < values[entry]:
                 began, event = env.now, simpy.Event(env)
                 self.waiting.setdefault(semaphores[entry], []).append((values[entry], event))
                 yield event
-                waited += env.now - began
                 waits.append((began, env.now))
-                delay_ns = self.refill_ns
+                delay_ns = round(self.device.refill_ns)
                 entry += 1
-        end_ns = self.end_ns[kernel]
-        if slices > 1:  # one share after the other, in the order in which they get here
-            key = kernel, row, col
-            free = max(env.now, self.reduced_ns.get(key, 0)) + self.reduce_ns
-            self.reduced_ns[key] = free
-            end_ns += free - env.now
-        semaphore = self.posts[tile]
-        if semaphore >= 0:
-            end_ns += self.post_ns
-        if end_ns:
-            yield simpy.Timeout(env, end_ns)
-        if semaphore >= 0:
-            self._post(semaphore)
-        self._leave(tile, sm, slot, started, waited, waits)
 
     def _post(self, semaphore: int) -> None:
         self.counts[semaphore] += 1
@@ -262,21 +238,11 @@ class _Simulation:
                     event.succeed()
             self.waiting[semaphore] = [entry for entry in waiting if entry[0] > self.counts[semaphore]]
 
-    def _leave(self, tile: int, sm: int, slot: int, started: int, waited: int, waits: list[tuple[int, int]]) -> None:
-        kernel, row, col, share = self.places[tile]
-        now = self.env.now
-        self.busy_ns += (now - started - waited) / self.kernels[kernel].occupancy
-        if self.record:
-            self.spans.append(TileSpan(kernel, row, col, share, sm, slot, started, now, tuple(waits)))
-        self.sms.give(sm, self.units[kernel])
-        self.sms.give_slot(sm, slot)
-        self.running -= 1
-        self._hand_out()
 
-
-def _factors(tiles: int, spread: float) -> list[float]:
-    """How much longer or shorter than the mean each tile takes: normal, cut at three deviations, always the same."""
-    if not spread:
+def _factors(tiles: int, device: TileDevice) -> list[float]:
+    """How much longer or shorter than the mean each tile takes: normal, cut at three deviations."""
+    if not device.spread:
         return []
-    draws = np.random.default_rng(np.random.SeedSequence(0)).standard_normal(tiles)
-    return list((1.0 + spread * np.clip(draws, -3, 3)).tolist())
+    sequence = np.random.SeedSequence(0, spawn_key=(device.replication, crc32(b"tiles")))
+    draws = np.clip(np.random.default_rng(sequence).standard_normal(tiles), -3, 3)
+    return [1.0 + device.spread * draw for draw in draws.tolist()]

@@ -15,7 +15,7 @@ from batchsim.operations import KernelSync
 from batchsim.tiles.level import TileLevel
 from calibration.executor.buffers import STAMPS, Buffers, Geometry, Inputs
 
-# hidden (rows, hidden_size), gate_up, down, inner (rows, intermediate_size), out (rows, hidden_size)
+# Takes a layer's normed input, its two weights, room for what is between them, and room for the output.
 TileMlp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 MAX_SPLITS = 32

@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchsim.tiles.level import Choice
 from calibration.executor.attention import decode_attention, prefill_attention
 from calibration.executor.buffers import Inputs
 from calibration.executor.launch import kernel
+from calibration.executor.tiles.mlp import TileMlp
 
-__all__ = ["add_norm", "begin", "decode_attention", "end", "prefill_attention", "rope_cache", "swiglu"]
+__all__ = ["add_norm", "begin", "decode_attention", "end", "prefill_attention", "rope_cache", "swiglu", "tile_mlp"]
 
 
 @triton.jit
@@ -162,6 +164,11 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     """`out` (rows, size) = silu(gate) * up, of `gate_up` (rows, 2 * size)."""
     rows, size = out.shape
     _swiglu_kernel[(rows, triton.cdiv(size, 1024))](gate_up, out, SIZE=size, BLOCK=1024, num_warps=4)
+
+
+def tile_mlp(choice: Choice) -> TileMlp:
+    """The gated MLP of a layer as one tile-synchronised kernel; see `TileMlp`."""
+    return TileMlp(choice.policy, choice.tilings)
 
 
 def _warps(hidden: int) -> int:

@@ -129,14 +129,21 @@ def random_tensor(shape: tuple[int, ...], scale: float, device: str, dtype: torc
     return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
 
-def product_operands(a: Tensor, b: Tensor, c: Tensor, shape: Sequence[int]) -> tuple[TensorDescriptor, ...]:
-    """Descriptors of `c` = `a` `b`^T as `products` takes them; a tile in one part has its one part twice."""
-    rows, main, rest, depth, *_ = shape
-    rest = rest or main
+def product_operands(
+    a: Tensor, b: Tensor, c: Tensor, shape: Sequence[int], *, gated: bool = False
+) -> tuple[TensorDescriptor, ...]:
+    """Descriptors of `c` = `a` `b`^T as `products` takes them; without a rest the first part stands for it."""
+    rows, rows_rest, cols, cols_rest, depth, *_ = shape
+    out = cols // 2 if gated else cols
+    weights, block = (b.view(2, -1, b.shape[1]), [2, out]) if gated else (b, [cols])
+
+    def blocks(tensor: Tensor, *sizes: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor, list(sizes))
+
     return (
-        TensorDescriptor.from_tensor(a, [rows, depth]),
-        TensorDescriptor.from_tensor(b, [main, depth]), TensorDescriptor.from_tensor(b, [rest, depth]),
-        TensorDescriptor.from_tensor(c, [rows, main]), TensorDescriptor.from_tensor(c, [rows, rest]),
+        blocks(a, rows, depth), blocks(a, rows_rest or rows, depth),
+        blocks(weights, *block, depth), blocks(weights, *([cols_rest] if cols_rest else block), depth),
+        blocks(c, rows, out), blocks(c, rows_rest or rows, cols_rest or out),
     )  # fmt: skip
 
 

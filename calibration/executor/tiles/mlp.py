@@ -23,18 +23,19 @@ class Mlp(TileChain):
     """`out` = activation(`x` `first`^T) `second`^T over given tensors, `middle` between the products.
 
     x, out (rows, hidden); first (inner, hidden), or (2 * inner, hidden) when gated: gate, then up, and the activation
-    is silu(gate) * up; middle (rows, inner); second (hidden, inner). All of one type, float16 or bfloat16.
+    is silu(gate) * up; middle (rows, inner); second (hidden, inner). All of one type, float16 or bfloat16. A third
+    tiling is that of the second product's tail.
     """
 
     def __init__(
-        self, x: Tensor, first: Tensor, second: Tensor, middle: Tensor, out: Tensor, tilings: tuple[Tiling, Tiling],
+        self, x: Tensor, first: Tensor, second: Tensor, middle: Tensor, out: Tensor, tilings: tuple[Tiling, ...],
         *, gated: bool = False, activation: Activation = "gelu",
     ) -> None:  # fmt: skip
         (rows, hidden), inner = x.shape, second.shape[1]
-        for depth, tiling, what in ((hidden, tilings[0], "hidden"), (inner, tilings[1], "inner")):
+        for depth, tiling, what in zip((hidden, inner, inner), tilings, ("hidden", "inner", "inner"), strict=False):
             if tiling.slices > 1 and depth % (tiling.slices * tiling.depth):
                 raise InputError(None, what, str(depth), f"a multiple of {tiling.slices * tiling.depth}, to be split")
-        if [BUILDS[tiling.cost].gated for tiling in tilings] != [gated, False]:
+        if [BUILDS[tiling.cost].gated for tiling in tilings] != [gated, *(False for _ in tilings[1:])]:
             raise InputError(None, "tilings", " and ".join(tiling.cost for tiling in tilings), "ones for this MLP")
         self.x, self.first, self.second = x, first, second
         self.written = (middle, out)
@@ -44,7 +45,7 @@ class Mlp(TileChain):
 
     @classmethod
     def random(
-        cls, rows: int, hidden: int, inner: int, tilings: tuple[Tiling, Tiling], *, gated: bool = False,
+        cls, rows: int, hidden: int, inner: int, tilings: tuple[Tiling, ...], *, gated: bool = False,
         activation: Activation = "gelu", device: str = "cuda", dtype: torch.dtype = torch.bfloat16, seed: int = 0,
     ) -> Mlp:  # fmt: skip
         """Random weights and input, NaN elsewhere."""
@@ -62,22 +63,35 @@ class Mlp(TileChain):
         )  # fmt: skip
 
     def bind(self, policy: Policy | Plan) -> Bound:
-        one, two = self.tilings
         middle, out = self.written
-        shapes = BUILDS[one.cost].shape(one.slices), BUILDS[two.cost].shape(two.slices)
+        # Without a tail the second product stands in its place.
+        one, two, tail = (*self.tilings, self.tilings[1])[:3]
+        shapes = [BUILDS[tiling.cost].shape(tiling.slices) for tiling in (one, two, tail)]
+        main = self.chain.kernels[1].cols
+        from_col = main if len(self.tilings) > 2 else 0
         operands = (
-            *product_operands(self.x, self.first, middle, shapes[0]),
-            *product_operands(middle, self.second, out, shapes[1]),
-            middle.shape[1],
+            *product_operands(self.x, self.first, middle, shapes[0], gated=self.gated),
+            *product_operands(middle, self.second[:main], out[:, :main], shapes[1]),
+            *product_operands(middle, self.second[from_col:], out[:, from_col:], shapes[2]),
         )
-        constants = {"GATED": self.gated, "ACTIVATION": self.activation, "SHAPE0": shapes[0], "SHAPE1": shapes[1]}
-        return Bound(pair_kernel, operands, self._plan(policy), constants | build_options(one.cost, two.cost))
+        constants = {
+            "GATED": self.gated, "ACTIVATION": self.activation,
+            "SHAPE0": shapes[0], "SHAPE1": shapes[1], "SHAPE2": shapes[2], "TAIL": len(self.tilings) > 2,
+        }  # fmt: skip
+        options = build_options(*(tiling.cost for tiling in self.tilings))
+        return Bound(pair_kernel, operands, self._plan(policy), constants | options)
 
     def exact(self) -> Tensor:
         hidden = _activated(self.x.double() @ self.first.double().T, self.gated, self.activation)
         return hidden.to(self.x.dtype).double() @ self.second.double().T
 
     def library(self) -> Tensor:
+        if self.gated and self.x.is_cuda:
+            from calibration.executor.kernels import swiglu  # one pass over both halves, as our decoder has it
+
+            inner = torch.empty_like(self.written[0])
+            swiglu(F.linear(self.x, self.first), inner)
+            return F.linear(inner, self.second)
         return F.linear(_activated(F.linear(self.x, self.first), self.gated, self.activation), self.second)
 
 
@@ -88,7 +102,7 @@ class TileMlp:
     the first call with them, which compiles too, and belongs before a capture.
     """
 
-    def __init__(self, policy: Policy, tilings: tuple[Tiling, Tiling], device: str = "cuda") -> None:
+    def __init__(self, policy: Policy, tilings: tuple[Tiling, ...], device: str = "cuda") -> None:
         self.plan, self.tilings = Plan(policy, device), tilings
         self._bound: dict[tuple[int, ...], Bound] = {}
 

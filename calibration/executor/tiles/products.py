@@ -1,16 +1,17 @@
 """Tiles of matrix products, for the persistent kernels of chains. Import with Triton only.
 
 Operands come through tensor descriptors, which cut off what lies outside, so that no size of a matrix is an argument:
-`a` (m, k) in blocks of ROWS x DEPTH, `b` (n, k) in blocks of DEPTH columns, `c` (m, n) in blocks of ROWS rows. SHAPE
-is (ROWS, MAIN, REST, DEPTH, STAGES, SLICES): Triton knows only powers of two, so a tile of 192 columns is one of
-MAIN = 128 and one of REST = 64 side by side. A gated tile is two of the same size, one of either half of `b`.
+`a` (m, k), `b` (n, k) and `c` (m, n), in blocks of a tile's rows, columns and DEPTH. SHAPE is (ROWS, ROWS_REST, COLS,
+COLS_REST, DEPTH, STAGES, SLICES). Triton knows only powers of two, so a tile of 192 rows or columns is one of 128 and a
+rest of 64 beside it, which share an operand. With GATED, `b` is (2, n / 2, k), gate and up, in blocks of both, and
+`c` = silu(`a` gate^T) * (`a` up^T) has half of COLS columns.
 
-Each function returns whether the tile was written (of SLICES shares, the last one to arrive writes it), the nanoseconds
-waited, and a claim to the next ticket, made when the main loop is done.
+The functions return whether their tile was written (of SLICES shares, the last one to arrive writes it), the
+nanoseconds waited, and a claim to the next ticket, made when the main loop is done.
 """
 
 # Triton kernels are not Python functions with types.
-# ruff: noqa: N803, N806
+# ruff: noqa: N803, N806, SIM108
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 from __future__ import annotations
@@ -19,6 +20,146 @@ import triton
 import triton.language as tl
 
 from calibration.executor.tiles.sync import claim, ready
+
+
+@triton.jit
+def projected(
+    a, a_rest, b, b_rest, c, c_rest, place, waits, partials, arrivals, state,
+    SHAPE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LANES: tl.constexpr, CUDA: tl.constexpr,
+):  # fmt: skip
+    """One tile of `c` = activation(`a` `b`^T), in one part or in two."""
+    if SHAPE[1] + SHAPE[3] > 0:
+        written, waited, claimed = divided(
+            a, a_rest, b, b_rest, c, c_rest, place, waits, partials, arrivals, state,
+            SHAPE, GATED, ACTIVATION, LANES, CUDA,
+        )  # fmt: skip
+    else:
+        written, waited, claimed = product(
+            a, b, c, place, waits, partials, arrivals, state, SHAPE, GATED, ACTIVATION, LANES, CUDA
+        )
+    return written, waited, claimed
+
+
+@triton.jit
+def product(
+    a, b, c, place, waits, partials, arrivals, state,
+    SHAPE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LANES: tl.constexpr, CUDA: tl.constexpr,
+):  # fmt: skip
+    """A tile in one part: each warp group of four warps multiplies 64 of its rows with all of its columns."""
+    ROWS: tl.constexpr = SHAPE[0]
+    COLS: tl.constexpr = SHAPE[2]
+    OUT: tl.constexpr = COLS // 2 if GATED else COLS
+    DEPTH: tl.constexpr = SHAPE[4]
+    SLICES: tl.constexpr = SHAPE[6]
+    row, col, share, steps, tile = place
+    left = share * steps * DEPTH
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    waited = tl.full((), 0, tl.int64)
+    step = 0
+    while step < steps:
+        stop = steps
+        if waits[7] > waits[6]:
+            stop, spent = ready(waits, tile, step, steps, LANES, CUDA)
+            waited += spent
+        for k in tl.range(step, stop, num_stages=SHAPE[5]):
+            x = a.load([row * ROWS, left + k * DEPTH])
+            w = _weights(b, col * OUT, left + k * DEPTH, COLS, DEPTH, GATED)
+            total = tl.dot(x, w.T, total)
+        step = stop
+    claimed = claim(state, LANES)
+    last = True
+    if SLICES > 1:
+        _put(partials + share * ROWS * COLS, total, ROWS, COLS)
+        last = _last(arrivals + tile - share, SLICES)
+        if last:
+            total = _sum(partials, SLICES, ROWS * COLS, ROWS, COLS)
+            c.store([row * ROWS, col * OUT], _finished(total, ROWS, COLS, GATED, ACTIVATION).to(c.dtype))
+    else:
+        c.store([row * ROWS, col * OUT], _finished(total, ROWS, COLS, GATED, ACTIVATION).to(c.dtype))
+    return last, waited, claimed
+
+
+@triton.jit
+def divided(
+    a, a_rest, b, b_rest, c, c_rest, place, waits, partials, arrivals, state,
+    SHAPE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LANES: tl.constexpr, CUDA: tl.constexpr,
+):  # fmt: skip
+    """A tile in two parts, one above the other or side by side.
+
+    Shared memory's bandwidth is what bounds a tile, and an operand costs least as the wide second one of a product. So
+    parts side by side are computed transposed, weights first.
+    """
+    TALL: tl.constexpr = SHAPE[1] > 0
+    MAIN: tl.constexpr = SHAPE[0] if TALL else SHAPE[2]
+    REST: tl.constexpr = SHAPE[1] if TALL else SHAPE[3]
+    WIDE: tl.constexpr = SHAPE[2] if TALL else SHAPE[0]
+    OUT: tl.constexpr = WIDE // 2 if GATED else WIDE
+    DEPTH: tl.constexpr = SHAPE[4]
+    SLICES: tl.constexpr = SHAPE[6]
+    PART: tl.constexpr = (MAIN + REST) * WIDE
+    row, col, share, steps, tile = place
+    left = share * steps * DEPTH
+    if TALL:
+        first = row * (MAIN + REST)
+        other = col * OUT
+    else:
+        first = col * (MAIN + REST)
+        other = row * WIDE
+    main = tl.zeros((MAIN, WIDE), tl.float32)
+    rest = tl.zeros((REST, WIDE), tl.float32)
+    waited = tl.full((), 0, tl.int64)
+    step = 0
+    while step < steps:
+        stop = steps
+        if waits[7] > waits[6]:
+            stop, spent = ready(waits, tile, step, steps, LANES, CUDA)
+            waited += spent
+        for k in tl.range(step, stop, num_stages=SHAPE[5]):
+            at = left + k * DEPTH
+            if TALL:
+                x = a.load([first, at])
+                y = a_rest.load([first + MAIN, at])
+                z = _weights(b, other, at, WIDE, DEPTH, GATED)
+            else:
+                x = b.load([first, at])
+                y = b_rest.load([first + MAIN, at])
+                z = a.load([other, at])
+            main = tl.dot(x, z.T, main)
+            rest = tl.dot(y, z.T, rest)
+        step = stop
+    claimed = claim(state, LANES)
+    last = True
+    if SLICES > 1:
+        _put(partials + share * PART, main, MAIN, WIDE)
+        _put(partials + share * PART + MAIN * WIDE, rest, REST, WIDE)
+        last = _last(arrivals + tile - share, SLICES)
+        if last:
+            main = _sum(partials, SLICES, PART, MAIN, WIDE)
+            rest = _sum(partials + MAIN * WIDE, SLICES, PART, REST, WIDE)
+            _store(c, c_rest, first, other, main, rest, MAIN, REST, WIDE, TALL, GATED, ACTIVATION)
+    else:
+        _store(c, c_rest, first, other, main, rest, MAIN, REST, WIDE, TALL, GATED, ACTIVATION)
+    return last, waited, claimed
+
+
+@triton.jit
+def _weights(b, row, at, ROWS: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr):
+    if GATED:
+        w = b.load([0, row, at]).reshape(ROWS, DEPTH)
+    else:
+        w = b.load([row, at])
+    return w
+
+
+@triton.jit
+def _finished(x, ROWS: tl.constexpr, COLS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The activation; GATED, of gate and up side by side."""
+    if GATED:
+        gate, up = x.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+        x = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        x = activated(x, ACTIVATION)
+    return x
 
 
 @triton.jit
@@ -32,104 +173,19 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def product(
-    a, b, c, place, waits, partials, arrivals, state,
-    SHAPE: tl.constexpr, ACTIVATION: tl.constexpr, LANES: tl.constexpr, CUDA: tl.constexpr,
+def _store(
+    c, c_rest, first, other, main, rest,
+    MAIN: tl.constexpr, REST: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `c` = activation(`a` `b`^T), REST being 0."""
-    ROWS: tl.constexpr = SHAPE[0]
-    COLS: tl.constexpr = SHAPE[1]
-    DEPTH: tl.constexpr = SHAPE[3]
-    SLICES: tl.constexpr = SHAPE[5]
-    row, col, share, steps, tile = place
-    left = share * steps * DEPTH
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    waited = tl.full((), 0, tl.int64)
-    step = 0
-    while step < steps:
-        stop = steps
-        if waits[7] > waits[6]:
-            stop, spent = ready(waits, tile, step, steps, LANES, CUDA)
-            waited += spent
-        for k in tl.range(step, stop, num_stages=SHAPE[4]):
-            x = a.load([row * ROWS, left + k * DEPTH])
-            w = b.load([col * COLS, left + k * DEPTH])
-            total = tl.dot(x, w.T, total)
-        step = stop
-    claimed = claim(state, LANES)
-    last = True
-    if SLICES > 1:
-        _put(partials + share * ROWS * COLS, total, ROWS, COLS)
-        last = _last(arrivals + tile - share, SLICES)
-        if last:
-            total = _sum(partials, SLICES, ROWS * COLS, ROWS, COLS)
-            c.store([row * ROWS, col * COLS], activated(total, ACTIVATION).to(c.dtype))
+    main = _finished(main, MAIN, WIDE, GATED, ACTIVATION).to(c.dtype)
+    rest = _finished(rest, REST, WIDE, GATED, ACTIVATION).to(c.dtype)
+    if TALL:
+        c.store([first, other], main)
+        c_rest.store([first + MAIN, other], rest)
     else:
-        c.store([row * ROWS, col * COLS], activated(total, ACTIVATION).to(c.dtype))
-    return last, waited, claimed
-
-
-@triton.jit
-def double(
-    a, b, b_rest, c, c_rest, place, waits, partials, arrivals, state, inner,
-    SHAPE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LANES: tl.constexpr, CUDA: tl.constexpr,
-):  # fmt: skip
-    """One tile in two parts: of `c` = activation(`a` `b`^T), or with GATED of silu(`a` gate^T) * (`a` up^T).
-
-    With GATED, `b` is gate and up, `inner` rows each, and MAIN = REST columns of either make one tile of `c`.
-    """
-    ROWS: tl.constexpr = SHAPE[0]
-    MAIN: tl.constexpr = SHAPE[1]
-    REST: tl.constexpr = SHAPE[2]
-    DEPTH: tl.constexpr = SHAPE[3]
-    SLICES: tl.constexpr = SHAPE[5]
-    PART: tl.constexpr = ROWS * (MAIN + REST)
-    row, col, share, steps, tile = place
-    if GATED:
-        one = col * MAIN
-        two = inner + one
-    else:
-        one = col * (MAIN + REST)
-        two = one + MAIN
-    left = share * steps * DEPTH
-    main = tl.zeros((ROWS, MAIN), tl.float32)
-    rest = tl.zeros((ROWS, REST), tl.float32)
-    waited = tl.full((), 0, tl.int64)
-    step = 0
-    while step < steps:
-        stop = steps
-        if waits[7] > waits[6]:
-            stop, spent = ready(waits, tile, step, steps, LANES, CUDA)
-            waited += spent
-        for k in tl.range(step, stop, num_stages=SHAPE[4]):
-            x = a.load([row * ROWS, left + k * DEPTH])
-            w = b.load([one, left + k * DEPTH])
-            v = b_rest.load([two, left + k * DEPTH])
-            main = tl.dot(x, w.T, main)
-            rest = tl.dot(x, v.T, rest)
-        step = stop
-    claimed = claim(state, LANES)
-    last = True
-    if SLICES > 1:
-        _put(partials + share * PART, main, ROWS, MAIN)
-        _put(partials + share * PART + ROWS * MAIN, rest, ROWS, REST)
-        last = _last(arrivals + tile - share, SLICES)
-        if last:
-            main = _sum(partials, SLICES, PART, ROWS, MAIN)
-            rest = _sum(partials + ROWS * MAIN, SLICES, PART, ROWS, REST)
-            _store(c, c_rest, row * ROWS, one, main, rest, MAIN, GATED, ACTIVATION)
-    else:
-        _store(c, c_rest, row * ROWS, one, main, rest, MAIN, GATED, ACTIVATION)
-    return last, waited, claimed
-
-
-@triton.jit
-def _store(c, c_rest, row, col, main, rest, MAIN: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
-    if GATED:
-        c.store([row, col], (main / (1.0 + tl.exp(-main)) * rest).to(c.dtype))
-    else:
-        c.store([row, col], activated(main, ACTIVATION).to(c.dtype))
-        c_rest.store([row, col + MAIN], activated(rest, ACTIVATION).to(c.dtype))
+        c.store([other, first], main.T)
+        c_rest.store([other, first + MAIN], rest.T)
 
 
 @triton.jit

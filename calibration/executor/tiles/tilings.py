@@ -32,16 +32,16 @@ class Build:
         """Enough rows that the tiles under way share their weights; the same height whatever the tile's."""
         return max(1024 // self.rows, 1)
 
-    def shape(self, slices: int) -> tuple[int, int, int, int, int, int]:
-        """SHAPE of `products`: rows, columns in one or two parts of a power of two each, depth, stages, slices.
+    def shape(self, slices: int) -> tuple[int, int, int, int, int, int, int]:
+        """SHAPE of `products`: rows and their rest, columns and their rest, depth, stages, slices.
 
-        Raises ValueError where there are no such parts.
+        Raises ValueError for a tile in more than two parts.
         """
-        main = self.cols // 2 if self.gated else 1 << (self.cols.bit_length() - 1)
-        rest = self.cols - main
-        if main & (main - 1) or rest & (rest - 1):
-            raise ValueError(f"{self.name}: columns have to be one or two powers of two, equal ones when gated")
-        return self.rows, main, rest, self.depth, self.stages, slices
+        rows, cols = (1 << (size.bit_length() - 1) for size in (self.rows, self.cols))
+        rests = self.rows - rows, self.cols - cols
+        if (all(rests) or any(rest & (rest - 1) for rest in rests)) or (self.gated and rests[1]):
+            raise ValueError(f"{self.name}: only rows (or columns, if not gated) may be the sum of two powers of two")
+        return rows, rests[0], cols, rests[1], self.depth, self.stages, slices
 
 
 def _named(*builds: Build) -> dict[str, Build]:
@@ -49,15 +49,14 @@ def _named(*builds: Build) -> dict[str, Build]:
 
 
 BUILDS = _named(
-    Build(256, 192, 64, warps=8, stages=3),
-    Build(128, 256, 64, warps=8, stages=3),
-    Build(256, 128, 64, warps=8, stages=3),
-    Build(128, 192, 64, warps=8, stages=4),
+    Build(256, 192, 64, warps=8, stages=4),
+    Build(192, 256, 64, warps=8, stages=4),
+    Build(128, 256, 64, warps=8, stages=4),
     Build(128, 128, 64, warps=4, stages=3, occupancy=2),
     Build(64, 256, 64, warps=4, stages=4),
     Build(64, 128, 64, warps=4, stages=4, occupancy=2),
-    Build(128, 256, 64, warps=8, stages=3, gated=True),
-    Build(256, 128, 64, warps=8, stages=3, gated=True),
+    Build(192, 256, 64, warps=8, stages=4, gated=True),
+    Build(128, 256, 64, warps=8, stages=4, gated=True),
     Build(128, 128, 64, warps=4, stages=3, occupancy=2, gated=True),
     Build(64, 256, 64, warps=4, stages=4, gated=True),
 )
