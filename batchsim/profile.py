@@ -190,7 +190,7 @@ class KernelCounts(_Model):
     def bursts(
         self, decode_rows: int, launch_ns: float, device_ns: float, outer_share: float, fewer: int = 0
     ) -> tuple[Burst, ...]:
-        """A forward of `device_ns` kernel time, each launch taking the host `launch_ns`, `fewer` launches in each layer.
+        """A forward of `device_ns` kernel time, each launch taking the host `launch_ns`; `fewer` launches a layer.
 
         The layers' kernels share their part evenly; the first after the layers, the LM head, takes the rest.
         """

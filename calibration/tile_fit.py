@@ -23,12 +23,16 @@ Floats = NDArray[np.float64]
 ELEMENT_BYTES = 2
 # What is fitted of the device, with where the search starts.
 DEVICE = {
-    "dram_bytes_per_ns": 4200.0, "l2_bytes_per_ns": 9000.0, "launch_gap_ns": 1500.0, "post_ns": 700.0,
-    "wait_ns": 50.0, "refill_ns": 1500.0, "reduce_ns": 2000.0,
+    "dram_bytes_per_ns": 4200.0, "l2_bytes_per_ns": 15000.0, "launch_gap_ns": 1900.0, "post_ns": 800.0,
+    "wait_ns": 50.0, "refill_ns": 1500.0, "overlap": 3.0,
 }  # fmt: skip
-COST = {"step_ns": 700.0, "start_ns": 2000.0, "end_ns": 2000.0}
+COST = {"step_ns": 570.0, "start_ns": 3000.0, "end_ns": 3000.0}
+STAGES = (("mlp", "gated_mlp"), ("attention",), ("conv",))
+# Rows times kernels of the largest chains that are fitted to; larger ones take long to simulate and tell nothing new.
+MOST = 8000
 # Of a multiprocessor's throughput, by a block that leaves room for another.
 FIRST_SHARE = 0.7
+FIRST_REDUCE_NS = 2000.0
 NUDGE, DAMPING, HUBER = 0.05, 0.01, 0.05
 
 
@@ -59,17 +63,27 @@ def fit(
 ) -> TileProfile:  # fmt: skip
     """Least squares of the logarithms of simulated over measured times, over the device's parameters and the tiles'.
 
+    In STAGES, each fitting the tiles that are new to it, and the first the device as well.
+
     Gauss-Newton with a little damping and weights that outliers lose (Huber's): a simulation takes tens of
     milliseconds, so derivatives are one-sided differences, and those by a tile's costs ask only its own timings.
     """
     points = own(timings)
     tiles = {tiling.cost: tiling for point in points for tiling in point.tilings}
-    state = _State({name: _first_guess(tiles[name]) for name in sorted(tiles)}, replace(device, **DEVICE))  # type: ignore[arg-type]
+    split = frozenset(tiling.cost for point in points for tiling in point.tilings if tiling.slices > 1)
+    state = _State({name: _first_guess(tiles[name]) for name in sorted(tiles)}, replace(device, **DEVICE), (), split)  # type: ignore[arg-type]
     with ProcessPoolExecutor(workers) as pool:
+        fitted: set[str] = set()
+        for kinds in STAGES:
+            some = [point for point in points if point.kind in kinds and len(point.tilings) * point.sizes[0] <= MOST]
+            free = {tiling.cost for point in some for tiling in point.tilings} - fitted
+            state = replace(state, free=(*sorted(free), *(() if fitted else ("",))))
+            fitted |= free
+            errors = _log_errors(some, state, pool)
+            for round_ in range(rounds if some else 0):
+                progress(f"{', '.join(kinds)}, round {round_}: median error {np.median(np.abs(errors)):.2%}")
+                state, errors = _improved(some, state, errors, pool)
         errors = _log_errors(points, state, pool)
-        for round_ in range(rounds):
-            progress(f"round {round_}: median error {np.median(np.abs(errors)):.2%}, {state.device}")
-            state, errors = _improved(points, state, errors, pool)
     progress(f"median error {np.median(np.abs(errors)):.2%}")
     return TileProfile(
         schema_version=1,
@@ -88,21 +102,29 @@ def fit(
 
 @dataclass(frozen=True, slots=True)
 class _State:
+    """Costs and device as they are, and which of them are being fitted: tiles by name, the device as ""."""
+
     costs: Mapping[str, TileCost]
     device: TileDevice
+    free: tuple[str, ...]
+    split: frozenset[str]
 
     @property
     def keys(self) -> list[tuple[str, str]]:
         """(tile or "", field) of every parameter."""
-        shares = [(name, "share") for name, cost in self.costs.items() if cost.share < 1]
-        return [("", key) for key in DEVICE] + [(name, key) for name in self.costs for key in COST] + shares
+        some = [
+            (name, key) for name in self.free for key in ("share", "reduce_ns")
+            if name and ((key == "share" and self.costs[name].share < 1) or (key == "reduce_ns" and name in self.split))
+        ]  # fmt: skip
+        return [(name, key) for name in self.free for key in (COST if name else DEVICE)] + some
 
     def scaled(self, factors: Mapping[tuple[str, str], float]) -> _State:
         def of(value: Any, name: str, fields: Iterable[str]) -> Any:
             found = {f: getattr(value, f) * factors[name, f] for f in fields if (name, f) in factors}
             return replace(value, **{field: float(f"{number:.5g}") for field, number in found.items()})
 
-        return _State({n: of(cost, n, (*COST, "share")) for n, cost in self.costs.items()}, of(self.device, "", DEVICE))
+        costs = {name: of(cost, name, (*COST, "share", "reduce_ns")) for name, cost in self.costs.items()}
+        return _State(costs, of(self.device, "", DEVICE), self.free, self.split)
 
 
 def _improved(points: Sequence[Timing], state: _State, errors: Floats, pool: Executor) -> tuple[_State, Floats]:
@@ -145,11 +167,13 @@ def library_curves(timings: Iterable[Timing]) -> list[LibraryCurve]:
 
 
 def _first_guess(tiling: Tiling) -> TileCost:
-    scale = tiling.rows * tiling.cols / (128 * 256)
+    scale = tiling.rows * tiling.cols * tiling.depth / (128 * 256 * 64)
+    # A convolution reads each pixel once for all nine taps; it finds it in a cache the other times.
+    taps = 9 if tiling.cost.startswith("conv") else 1
     return TileCost(
         COST["step_ns"] * scale, COST["start_ns"], COST["end_ns"],
-        tiling.rows * tiling.depth * ELEMENT_BYTES, tiling.cols * tiling.depth * ELEMENT_BYTES,
-        1.0 if tiling.occupancy == 1 else FIRST_SHARE,
+        tiling.rows * tiling.depth * ELEMENT_BYTES / taps, tiling.cols * tiling.depth * ELEMENT_BYTES,
+        1.0 if tiling.occupancy == 1 else FIRST_SHARE, FIRST_REDUCE_NS * scale,
     )  # fmt: skip
 
 
@@ -163,7 +187,7 @@ def tiling_text(tiling: Tiling) -> str:
 
 
 def _log_errors(points: Sequence[Timing], state: _State, pool: Executor) -> Floats:
-    return np.concatenate(list(pool.map(_chunk_errors, [(chunk, state) for chunk in _chunks(points)])))
+    return np.concatenate([np.zeros(0), *pool.map(_chunk_errors, [(chunk, state) for chunk in _chunks(points)])])
 
 
 def _chunks(points: Sequence[Timing], size: int = 24) -> list[Sequence[Timing]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
@@ -41,13 +41,14 @@ class Case:
     """What is compared: one chain on one size of input, in every tiling that is to be tried.
 
     `layers`: how often a forward of the model runs it. `costs`: those of the profile, and those that the scenario
-    spells out.
+    spells out. `margins`: the profile's.
     """
 
     name: str
     candidates: tuple[Candidate, ...]
     costs: Mapping[str, TileCost]
     layers: int = 1
+    margins: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ def cases(scenario: TilesScenario, profile: TileProfile) -> list[Case]:
                 for some in product(*tilings)
                 if profile.together(some)
             ]
-            found.append(Case(shape.name, _small(candidates, key), profile.costs, shape.layers))
+            free = [number for number, name in enumerate(shape.kinds) if getattr(spec.tile, name) is None]
+            suited = [candidate for candidate in candidates if _suits(candidate.chain, free, profile)]
+            small = _small(suited or candidates, key)
+            found.append(Case(shape.name, small, profile.costs, shape.layers, profile.margins))
     return found
 
 
@@ -162,6 +166,11 @@ def _custom(spec: CustomChain, profile: TileProfile, key: str) -> Case:
     ]
     candidate = Candidate(_tiling_text(names, tiles), chain)
     return Case(spec.name, _small([candidate], key), costs)
+
+
+def _suits(chain: Chain, kernels: list[int], profile: TileProfile) -> bool:
+    """Whether the tiles of those kernels are worth a try for the chain's rows."""
+    return all(profile.suits(chain.kernels[number], chain.kernels[0].rows) for number in kernels)
 
 
 def _small(candidates: list[Candidate], key: str) -> tuple[Candidate, ...]:

@@ -29,6 +29,21 @@ def _rank(chain: Chain, costs: tuple[tuple[str, TileCost], ...], device: TileDev
     return tuple(sorted(runs, key=lambda run: run.total_ns))
 
 
+def tiles_of(chain: Chain) -> str:
+    """What margins are kept by: the costs of a chain's kernels, which split their contractions, and which are crowded.
+
+    Waiting tiles that share a multiprocessor with working ones slow them in ways that the model does not know.
+    """
+    return " + ".join(
+        kernel.cost + " split" * (kernel.slices > 1) + " crowded" * (kernel.occupancy > 1) for kernel in chain.kernels
+    )
+
+
+def margin_of(chain: Chain, margins: Mapping[str, float]) -> float:
+    """The gain that a policy of the chain has to promise to be believed; of unknown tiles the largest margin."""
+    return max(MARGIN, margins.get(tiles_of(chain), max(margins.values(), default=MARGIN)))
+
+
 def choose(runs: Sequence[TileRun], margin: float = MARGIN) -> TileRun:
     """The fastest run; StreamSync unless another one is faster by more than `margin`, a share of its time."""
     baseline = next(run for run in runs if run.policy == STREAM_SYNC)

@@ -13,6 +13,7 @@ class TileCost:
     start_ns: from the slot to the first iteration (dispatch or ticket, filling the pipeline).
     end_ns: the epilogue, writing the output.
     row_bytes, col_bytes: what an iteration loads of the row operand and of the column operand (the weights).
+    reduce_ns: adding one share of a split contraction to its tile; shares of a tile do so one after the other.
     share: how much of its multiprocessor's throughput a block takes when it is alone there. Blocks that run together
         slow each other down as far as their shares exceed 1.
     """
@@ -23,6 +24,7 @@ class TileCost:
     row_bytes: float = 0.0
     col_bytes: float = 0.0
     share: float = 1.0
+    reduce_ns: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,6 @@ class TileDevice:
     wait_ns: a poll, for each entry that a tile waits for, be it satisfied or not; loads go on meanwhile.
     refill_ns: from the poll that saw the semaphore full to a main loop in full swing again.
     wait_kernel_ns: how long after the first block of a kernel those of its consumer may follow.
-    reduce_ns: adding one share of a split contraction to its tile; shares of a tile do so one after the other.
     fixup_ns: the same for a tile that Stream-K cuts.
     overlap: how well loads hide behind arithmetic: an iteration takes the norm of this order of the two times; 0: the
         longer of the two, as if it were infinite.
@@ -53,7 +54,6 @@ class TileDevice:
     wait_ns: float = 0.0
     refill_ns: float = 0.0
     wait_kernel_ns: float = 0.0
-    reduce_ns: float = 0.0
     fixup_ns: float = 0.0
     overlap: float = 0.0
     spread: float = 0.0

@@ -116,7 +116,7 @@ def compile_policy(chain: Chain, grouping: Sequence[Grouping | None] | None = No
     Without groupings StreamSync: kernel after kernel.
     """
     tiles = chain.tiles
-    order = _order(chain)
+    order = _order(chain, heavy_first=grouping is None)
     posts = np.full(tiles, -1, dtype=np.int32)
     if grouping is None:
         none = np.zeros(0, dtype=np.int32)
@@ -315,14 +315,18 @@ def blocked_tile(policy: Policy, slots: int) -> int | None:
             return running[0]
 
 
-def _order(chain: Chain) -> Ints:
-    """Tiles by kernel, by group of rows, by column, by row: rows end early, and few weights are in use at a time."""
+def _order(chain: Chain, *, heavy_first: bool) -> Ints:
+    """Tiles by kernel, by group of rows, by column, by row: rows end early, and few weights are in use at a time.
+
+    `heavy_first`: those with the longest main loops before the others, where no tile waits for its producer.
+    """
     parts = []
     for base, kernel in zip(chain.bases, chain.kernels, strict=False):
         rows, cols, slices = kernel.grid
         row, col, share = np.indices((rows, cols, slices)).reshape(3, -1)
         group = max(min(kernel.group, rows // 2), 1)
-        parts.append(base + np.lexsort((share, row, col, row // group)))
+        light = np.array([-kernel.steps.at(tile) for tile in kernel]) if heavy_first else np.zeros_like(row)
+        parts.append(base + np.lexsort((share, row, col, row // group, light)))
     return np.concatenate(parts).astype(np.int32)
 
 

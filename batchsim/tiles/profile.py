@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveFloat, PositiveInt, ValidationError
 
 from batchsim.errors import InputError
+from batchsim.tiles.graph import Kernel
 from batchsim.tiles.shapes import Tiling
 from batchsim.tiles.sm import TileCost, TileDevice
 
@@ -24,11 +25,14 @@ class TilingEntry(_Model):
     """A tiling that the device's kernels of one kind come in; its `cost` is a key of the profile's costs.
 
     warps: of a block; the kernels of a chain share one launch, and so their number of warps. None: of no concern.
+    least_rows, most_rows: of the chain's input, for which the tiling is worth a try; None: any number.
     """
 
     kind: Kind
     tiling: Tiling
     warps: PositiveInt | None = None
+    least_rows: PositiveInt = 1
+    most_rows: PositiveInt | None = None
 
 
 class LibraryCurve(_Model):
@@ -50,7 +54,11 @@ class LibraryCurve(_Model):
 
 
 class TileProfile(_Model):
-    """Everything measured about tiles on one device, and what was fitted to it."""
+    """Everything measured about tiles on one device, and what was fitted to it.
+
+    residuals: of the times that the costs were fitted to, relative. margins: by the tiles of a chain (`tiles_of`), the
+    gain over StreamSync below which predictions were seen to be too high: what nine in ten of them stayed within.
+    """
 
     schema_version: Literal[1]
     kind: Literal["tile_profile"]
@@ -62,11 +70,17 @@ class TileProfile(_Model):
     library: list[LibraryCurve] = []
     measured: list[dict[str, Any]] = []
     residuals: dict[str, FiniteFloat] = {}
+    margins: dict[str, FiniteFloat] = {}
 
     def together(self, tilings: Iterable[Tiling]) -> bool:
         """Whether kernels of these tilings can run as one chain."""
         wanted = {tiling.cost for tiling in tilings}
         return len({entry.warps for entry in self.tilings if entry.warps and entry.tiling.cost in wanted}) <= 1
+
+    def suits(self, kernel: Kernel, rows: int) -> bool:
+        """Whether a kernel's tile is worth a try for a chain with so many rows of input."""
+        entries = [entry for entry in self.tilings if entry.tiling.cost == kernel.cost]
+        return not entries or any(e.least_rows <= rows <= (e.most_rows or rows) for e in entries)
 
     def tilings_of(self, kind: Kind) -> list[Tiling]:
         """The tilings of one kind of kernel, in the profile's order."""

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from batchsim.tiles.cases import Candidate, Case, cases
-from batchsim.tiles.compare import choose, programmatic, rank, stream_k
+from batchsim.tiles.compare import choose, margin_of, programmatic, rank, stream_k
 from batchsim.tiles.graph import Chain
 from batchsim.tiles.policy import STREAM_SYNC, Policy, compile_policy, policies
 from batchsim.tiles.profile import TileProfile
@@ -151,13 +151,15 @@ def compare_all(scenario: TilesScenario, profile: TileProfile, tell: Callable[[f
 def compare(case: Case, device: TileDevice) -> CaseResult:
     """Simulate every policy of a case in every tiling that is not hopeless, and choose one of them.
 
-    Each policy counts with its best tiling, StreamSync too.
+    Each policy counts with its best tiling, StreamSync too. A policy is chosen in tiles in which it promises more of a
+    gain than predictions for such tiles were seen to be wrong by.
     """
     barriers = [
         _Tried(candidate, simulate(compile_policy(candidate.chain), case.costs, device))
         for candidate in case.candidates
     ]
     best: dict[str, _Tried] = {}
+    believed: dict[str, _Tried] = {}
     others: dict[str, _Tried] = {}
     for barrier in sorted(barriers, key=lambda tried: tried.run.total_ns):
         candidate, chain = barrier.candidate, barrier.candidate.chain
@@ -166,12 +168,16 @@ def compare(case: Case, device: TileDevice) -> CaseResult:
             continue
         for run in rank(chain, case.costs, device):
             _keep(best, _Tried(candidate, run))
+            if run.total_ns < barrier.run.total_ns * (1 - margin_of(chain, case.margins)):
+                _keep(believed, _Tried(candidate, run))
         for run in (programmatic(chain, case.costs, device), stream_k(chain, case.costs, device)):
             _keep(others, _Tried(candidate, run))
     baseline_ns = best[STREAM_SYNC].run.total_ns
+    believed[STREAM_SYNC] = best[STREAM_SYNC]
+    best |= believed
     results = [_result(tried, baseline_ns) for tried in best.values()]
     results.sort(key=lambda result: (result.time_us, result.policy != STREAM_SYNC))
-    chosen = next(each for each in results if each.policy == choose([tried.run for tried in best.values()]).policy)
+    chosen = next(each for each in results if each.policy == choose([tried.run for tried in believed.values()]).policy)
     named = dict.fromkeys((STREAM_SYNC, chosen.policy))
     runs = tuple(_record(best[name], case, device) for name in named)
     runner_up = next((result for result in results if result.policy != STREAM_SYNC), None)

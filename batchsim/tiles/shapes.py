@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from batchsim.tiles.graph import Chain, Dependence, Index, Interval, Kernel, Region, whole
 
-
 # Tiles of a tail before they are split, about a wave.
 TAIL_TILES = 128
 

@@ -115,6 +115,7 @@ class _Simulation:
         self.rates = Rates(self.env, costs, occupancy, device)
         self.start_ns = [round(cost.start_ns) for cost in costs]
         self.end_ns = [round(cost.end_ns) for cost in costs]
+        self.reduce_ns = [round(cost.reduce_ns) for cost in costs]
         self.spans: list[TileSpan] = []
         self.busy_ns = 0.0  # of whole multiprocessors
         # Plain lists: reading one number of an array takes longer than a tile's whole event.
@@ -136,8 +137,9 @@ class _Simulation:
         self._hand_out()
         self.env.run()
         if self.next < len(self.order) or self.running:
+            device = self.device.name
             raise PolicyError(
-                f"{self.policy.name}: {self.running} tiles wait for tiles that no slot of {self.device.name} is free for"
+                f"{self.policy.name}: {self.running} tiles wait for some that no slot of {device} is free for"
             )
         return self.env.now
 
@@ -179,7 +181,7 @@ class _Simulation:
         yield from self._main_loop(tile, sm, waits)
         end_ns = self.end_ns[kernel]
         if self.kernels[kernel].slices > 1:  # one share after the other, in the order in which they get here
-            reduced_ns = max(env.now, self.reduced_ns.get((kernel, row, col), 0)) + round(self.device.reduce_ns)
+            reduced_ns = max(env.now, self.reduced_ns.get((kernel, row, col), 0)) + self.reduce_ns[kernel]
             self.reduced_ns[kernel, row, col] = reduced_ns
             end_ns += reduced_ns - env.now
         semaphore = self.posts[tile]
