@@ -12,11 +12,11 @@ from batchsim.tiles.profile import LibraryCurve, TileProfile
 from batchsim.tiles.shapes import Tiling, gated_mlp
 from batchsim.tiles.sm import simulate
 
-# The product of gate and up, the activation and the product down are three launches of the library's, one of ours.
-LAUNCHES_SAVED = 2
+# The product of gate and up, the activation and the product down.
+LIBRARY_LAUNCHES = 3
 # The finer policies cost as much to simulate as these together, and were never the best for a gated MLP's shapes.
 POLICIES = ("RowSync",)
-# A tie is given to the one kernel, for the launches that it saves.
+# A tie is given to our kernels, for the launches that they save.
 TIE = 0.01
 # By how much the library's time may be off between the rows at which it was measured: it changes kernels there.
 BETWEEN = 0.05
@@ -55,7 +55,8 @@ class TileLevel:
         choice = self.choice(rows)
         if choice is None:
             return NOTHING_SAVED
-        return Saved((choice.library_ns - choice.time_ns) * self.shape.num_layers, LAUNCHES_SAVED)
+        launches = len(choice.policy.chain.kernels) if choice.policy.barrier else 1
+        return Saved((choice.library_ns - choice.time_ns) * self.shape.num_layers, LIBRARY_LAUNCHES - launches)
 
     def choice(self, rows: int) -> Choice | None:
         """What the MLP of `rows` rows should run at; None: the framework's own kernels are at least as fast."""
