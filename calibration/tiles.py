@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -83,13 +84,19 @@ def entries() -> list[TilingEntry]:
     from calibration.executor.tiles.builds import ATTENTION_BUILDS, CONV_BUILDS, attention_tiling, conv_tiling
     from calibration.executor.tiles.tilings import BUILDS, tiling
 
+    few, some, many = (1, 64), (65, 512), (513, None)
     found = []
-    for kind, name, least, most in (
-        ("gemm", "gemm 64x128x64", 1, 64), ("gemm", "gemm 64x256x64", 1, 512), ("gemm", "gemm 128x256x64", 65, None),
-        ("gemm", "gemm 256x192x64", 513, None), ("gated", "gated 64x256x64", 1, 512),
-        ("gated", "gated 128x256x64", 65, None),
+    for kind, name, (least, most), all_slices in (
+        ("gemm", "gemm 64x128x64", few, (1, 2, 4)), ("gemm", "gemm 64x256x64", few, (1, 2, 4, 8)),
+        ("gemm", "gemm 64x256x64", some, (1,)), ("gemm", "gemm 128x256x64", some, (1, 2)),
+        ("gemm", "gemm 128x256x64", many, (1,)), ("gemm", "gemm 256x192x64", (257, None), (1,)),
+        ("gated", "gated 64x256x64", few, (1, 2, 4)), ("gated", "gated 64x256x64", some, (1,)),
+        ("gated", "gated 128x256x64", some, (1, 2)), ("gated", "gated 128x256x64", many, (1,)),
     ):  # fmt: skip
-        found.append(_entry(kind, tiling(name), BUILDS[name].warps, least, most))
+        found += [_entry(kind, tiling(name, slices), BUILDS[name].warps, least, most) for slices in all_slices]
+    # Low groups end their first rows earlier, which matters while there are few rows.
+    low = replace(tiling("gemm 128x256x64"), group=2)
+    found.append(_entry("gemm", low, BUILDS["gemm 128x256x64"].warps, 513, 2048))
     found += [_entry("attention", attention_tiling(n, 128), b.warps, 1, None) for n, b in ATTENTION_BUILDS.items()]
     found += [_entry("conv", conv_tiling(n), b.warps, 1, None) for n, b in CONV_BUILDS.items()]
     return found

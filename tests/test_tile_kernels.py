@@ -84,6 +84,18 @@ def test_activations_and_two_part_tiles(activation: str) -> None:
         assert run(chain, policy) < TOLERANCE, policy.name
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_tail_computes_the_last_columns(gated: bool) -> None:
+    from calibration.executor.tiles import Mlp, tiling
+
+    first = tiling(f"{'gated' if gated else 'gemm'} 16x32x16")
+    tilings = first, tiling("gemm 32x16x16"), tiling("gemm 16x32x16", 3)
+    chain = Mlp.random(40, 128, 96, tilings, gated=gated, device="cpu", dtype=torch.float16)
+    assert [kernel.name for kernel in chain.chain.kernels][1:] == ["down", "down tail"]
+    for policy in policies(chain.chain):
+        assert run(chain, policy) < TOLERANCE, policy.name
+
+
 def consumer_first(policy: Policy, *, waits: bool) -> Policy:
     """The last tile of the chain taken first; with or without what it waits for."""
     order = np.roll(policy.order, 1)

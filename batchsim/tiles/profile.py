@@ -79,7 +79,8 @@ class TileProfile(_Model):
 
     def suits(self, kernel: Kernel, rows: int) -> bool:
         """Whether a kernel's tile is worth a try for a chain with so many rows of input."""
-        entries = [entry for entry in self.tilings if entry.tiling.cost == kernel.cost]
+        tile = kernel.cost, kernel.slices, kernel.group
+        entries = [e for e in self.tilings if (e.tiling.cost, e.tiling.slices, e.tiling.group) == tile]
         return not entries or any(e.least_rows <= rows <= (e.most_rows or rows) for e in entries)
 
     def tilings_of(self, kind: Kind) -> list[Tiling]:
