@@ -305,6 +305,8 @@ def _read(
     if profile is not None:
         overrides.append(Override("--profile", ("profile",), profile))
     scenario = load(file, overrides)
+    if scenario.tile_profile is not None and (beside := file.parent / scenario.tile_profile).is_file():
+        scenario = scenario.model_copy(update={"tile_profile": str(beside)})
 
     from batchsim.profile import load_profile
 

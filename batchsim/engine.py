@@ -131,6 +131,8 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
         warnings = costs.extrapolated()
         if schedule == "tile" and tiles is None:
             warnings.append(f"no tile profile of {profile.provenance.get('device')}; its forwards run as under async")
+        elif schedule == "tile" and tiles is not None and not tiles.known:
+            warnings.append(f"{tiles.profile.name} knows no MLP of {scenario.model}; its forwards run as under async")
         results[schedule] = replace(result, warnings=tuple(f"{schedule}: {what}" for what in warnings))
         windows[schedule] = window.spans()
     return Run(
@@ -147,7 +149,7 @@ def tile_level_of(scenario: Scenario, profile: Profile) -> TileLevel | None:
     if "tile" not in scenario.schedules:
         return None
     if scenario.tile_profile is not None:
-        tiles: TileProfile | None = load_tile_profile(scenario.tile_profile)
+        tiles: TileProfile | None = load_tile_profile(scenario.tile_profile, key="tile_profile")
     else:
         tiles = tile_profile_of(str(profile.provenance.get("device")))
     return TileLevel(MODELS[scenario.model], tiles) if tiles is not None else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,11 +104,9 @@ def test_a_wait_without_end_is_given_up() -> None:
     bound.launch()  # compiles
     with pytest.raises(RunError):
         bound.check()
-    start = time.perf_counter()
     bound.launch()
     with pytest.raises(RunError, match=r"of down waited 2 ms for semaphore"):
         bound.check()
-    assert time.perf_counter() - start < 0.5
     good = chain.bind(policy)
     chain.poison(1)
     good.launch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 
@@ -26,6 +26,7 @@ from batchsim.tiles.sm import TileCost
 
 # Beyond, deriving the policies of a chain would take minutes.
 MAX_TILES = 50_000
+TAPS = 9  # of a 3x3 convolution
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def cases(scenario: TilesScenario, profile: TileProfile) -> list[Case]:
                 if profile.together(some)
             ]
             free = [number for number, name in enumerate(shape.kinds) if getattr(spec.tile, name) is None]
-            suited = [candidate for candidate in candidates if _suits(candidate.chain, free, profile)]
+            suited = [each for each in candidates if _suits(each.chain, free, profile) and _fits(each.chain, shape)]
+            if len(free) == len(shape.kinds):
+                suited = [_uncrowded(candidate, profile.device.sms) for candidate in suited or candidates]
             small = _small(suited or candidates, key)
             found.append(Case(shape.name, small, profile.costs, shape.layers, profile.margins))
     return found
@@ -166,6 +169,24 @@ def _custom(spec: CustomChain, profile: TileProfile, key: str) -> Case:
     ]
     candidate = Candidate(_tiling_text(names, tiles), chain)
     return Case(spec.name, _small([candidate], key), costs)
+
+
+def _fits(chain: Chain, shape: _Shape) -> bool:
+    """Whether tiles of convolutions hold no more channels than there are; a step takes those of one tap."""
+    return "conv" not in shape.kinds or all(k.tile[1] <= k.cols and k.steps.start >= TAPS for k in chain.kernels)
+
+
+def _uncrowded(candidate: Candidate, sms: int) -> Candidate:
+    """The candidate with a multiprocessor to each tile of kernels that have so few, as the hardware would do it.
+
+    Of a chain in one launch, tiles that wait would otherwise sit beside tiles that work, while others stood empty.
+    """
+    chain = candidate.chain
+    kernels = tuple(
+        replace(kernel, occupancy=1) if kernel.occupancy > 1 and kernel.tiles <= sms else kernel
+        for kernel in chain.kernels
+    )
+    return replace(candidate, chain=replace(chain, kernels=kernels))
 
 
 def _suits(chain: Chain, kernels: list[int], profile: TileProfile) -> bool:

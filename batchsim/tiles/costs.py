@@ -38,7 +38,7 @@ class TileDevice:
     wait_ns: a poll, for each entry that a tile waits for, be it satisfied or not; loads go on meanwhile.
     refill_ns: from the poll that saw the semaphore full to a main loop in full swing again.
     wait_kernel_ns: how long after the first block of a kernel those of its consumer may follow.
-    fixup_ns: the same for a tile that Stream-K cuts.
+    fixup_ns: added to the end of a tile that Stream-K cuts.
     overlap: how well loads hide behind arithmetic: an iteration takes the norm of this order of the two times; 0: the
         longer of the two, as if it were infinite.
     spread: standard deviation of the tiles' times, as a share of them; `replication` numbers the draws.

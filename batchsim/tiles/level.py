@@ -50,6 +50,11 @@ class TileLevel:
         self._library = self._curve()
         self._choices: dict[int, Choice | None] = {}
 
+    @property
+    def known(self) -> bool:
+        """Whether the profile holds the library's times for this model's MLP."""
+        return self._library is not None
+
     def saved(self, rows: int) -> Saved:
         """What a forward of `rows` rows saves."""
         choice = self.choice(rows)
@@ -59,7 +64,7 @@ class TileLevel:
         return Saved((choice.library_ns - choice.time_ns) * self.shape.num_layers, LIBRARY_LAUNCHES - launches)
 
     def choice(self, rows: int) -> Choice | None:
-        """What the MLP of `rows` rows should run at; None: the framework's own kernels are at least as fast."""
+        """What the MLP of `rows` rows should run at; None: at the framework's own kernels, faster by more than TIE."""
         if rows not in self._choices:
             self._choices[rows] = self._choose(rows)
         return self._choices[rows]

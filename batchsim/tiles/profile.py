@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import astuple
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from batchsim.errors import InputError
 from batchsim.tiles.graph import Kernel
@@ -72,6 +74,18 @@ class TileProfile(_Model):
     residuals: dict[str, FiniteFloat] = {}
     margins: dict[str, FiniteFloat] = {}
 
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        for name, cost in self.costs.items():
+            if not all(isfinite(value) and value >= 0 for value in astuple(cost)) or not cost.step_ns:
+                raise ValueError(f"costs of {name} are times and bytes, none of them negative, and step_ns is above 0")
+        numbers = [value for value in astuple(self.device) if not isinstance(value, str)]
+        if self.device.sms < 1 or not all(isfinite(value) and value >= 0 for value in numbers):
+            raise ValueError("a device has one multiprocessor or more, and no negative times or rates")
+        if missing := sorted({entry.tiling.cost for entry in self.tilings} - set(self.costs)):
+            raise ValueError(f"tilings name costs that are not there: {', '.join(missing)}")
+        return self
+
     def together(self, tilings: Iterable[Tiling]) -> bool:
         """Whether kernels of these tilings can run as one chain."""
         wanted = {tiling.cost for tiling in tilings}
@@ -88,8 +102,8 @@ class TileProfile(_Model):
         return [entry.tiling for entry in self.tilings if entry.kind == kind]
 
 
-def load_tile_profile(name: str, base: Path | None = None) -> TileProfile:
-    """Read a shipped tile profile by name, or any by the path of its JSON, relative to `base`.
+def load_tile_profile(name: str, base: Path | None = None, key: str = "profile") -> TileProfile:
+    """Read a shipped tile profile by name, or any by the path of its JSON, relative to `base`; `key` named it.
 
     Raises:
         InputError: no such profile, or a file that is not one.
@@ -97,10 +111,14 @@ def load_tile_profile(name: str, base: Path | None = None) -> TileProfile:
     path = (base or Path()) / name
     shipped = _shipped()
     if path.is_file():
-        return parse_tile_profile(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(str(path), "", "bytes that are no text", "a tile profile in JSON") from None
+        return parse_tile_profile(text, str(path))
     if name not in shipped:
         wanted = f"a tile profile's JSON, or one of: {', '.join(sorted(shipped))}"
-        raise InputError(str(path), "profile", repr(name), wanted)
+        raise InputError(None if base is None else str(path), key, repr(name), wanted)
     return parse_tile_profile(shipped[name].read_text(encoding="utf-8"), f"{name}.json")
 
 
@@ -110,8 +128,11 @@ def parse_tile_profile(text: str, source: str) -> TileProfile:
         return TileProfile.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "profile"
-        raise InputError(source, key, repr(first["input"])[:80], first["msg"]) from None
+        key = ".".join(str(part) for part in first["loc"])
+        found = "a mapping" if isinstance(first["input"], dict) else repr(first["input"])[:80]
+        if first["type"] == "json_invalid":
+            found = "no JSON"
+        raise InputError(source, key, found, f"a tile profile ({first['msg'].removeprefix('Value error, ')})") from None
 
 
 def tile_profile_of(device: str) -> TileProfile | None:

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from batchsim.tiles.cases import Candidate, Case, cases
-from batchsim.tiles.compare import choose, margin_of, programmatic, rank, stream_k
+from batchsim.tiles.compare import MARGIN, choose, margin_of, programmatic, rank, stream_k
 from batchsim.tiles.graph import Chain
 from batchsim.tiles.policy import STREAM_SYNC, Policy, compile_policy, policies
 from batchsim.tiles.profile import TileProfile
@@ -174,15 +174,17 @@ def compare(case: Case, device: TileDevice) -> CaseResult:
             _keep(others, _Tried(candidate, run))
     baseline_ns = best[STREAM_SYNC].run.total_ns
     believed[STREAM_SYNC] = best[STREAM_SYNC]
-    best |= believed
+    taken = choose([tried.run for tried in believed.values()]).policy
+    best[taken] = believed[taken]
     results = [_result(tried, baseline_ns) for tried in best.values()]
     results.sort(key=lambda result: (result.time_us, result.policy != STREAM_SYNC))
-    chosen = next(each for each in results if each.policy == choose([tried.run for tried in believed.values()]).policy)
+    chosen = next(each for each in results if each.policy == taken)
     named = dict.fromkeys((STREAM_SYNC, chosen.policy))
     runs = tuple(_record(best[name], case, device) for name in named)
     runner_up = next((result for result in results if result.policy != STREAM_SYNC), None)
     comparisons = tuple(_result(tried, baseline_ns) for tried in others.values())
-    why = explain(runs[-1], device, runner_up)
+    doubt = margin_of(best[runner_up.policy].candidate.chain, case.margins) if runner_up else 0.0
+    why = explain(runs[-1], device, runner_up, doubt)
     return CaseResult(case.name, device, case.layers, tuple(results), chosen, why, runs, comparisons)
 
 
@@ -195,8 +197,11 @@ def _with_measured(result: CaseResult, runs: Sequence[TileRun]) -> CaseResult:
     return replace(result, policies=told, chosen=chosen, measured=measured)
 
 
-def explain(chosen: Recorded, device: TileDevice, runner_up: PolicyResult | None) -> str:
-    """One sentence: why the chosen policy gains over the baseline, or why none does."""
+def explain(chosen: Recorded, device: TileDevice, runner_up: PolicyResult | None, doubt: float = 0.0) -> str:
+    """One sentence: why the chosen policy gains over the baseline, or why none does.
+
+    `doubt`: by how much gains such as the runner-up's were predicted too high.
+    """
     chain = chosen.policy.chain
     last = _last_waves(chain, device)
     producers = sorted({dependence.producer for dependence in chain.dependences})
@@ -212,6 +217,11 @@ def explain(chosen: Recorded, device: TileDevice, runner_up: PolicyResult | None
         )
     if runner_up is None:
         return f"{STREAM_SYNC}: no kernel of this chain depends on another tile by tile."
+    if runner_up.gain >= MARGIN:
+        return (
+            f"{STREAM_SYNC}: {runner_up.policy} promises {runner_up.gain:.1%}, but predictions for its tiles were too "
+            f"high by up to {doubt:.1%}."
+        )
     if all(filled >= 0.9 * slots for filled, slots in (last[kernel] for kernel in producers)):
         return f"{STREAM_SYNC}: waves are whole, waiting would only cost."
     together = ceil(sum(chosen.run.kernel_waves))

@@ -35,7 +35,7 @@ def headline(case: CaseResult) -> str:
     baseline, chosen = case.baseline, case.chosen
     if chosen is baseline:
         on_device = f" (measured {case.measured[0].total_us:,.1f})" if case.measured else ""
-        return f"{baseline.policy} is best, {baseline.time_us:,.1f} \N{MICRO SIGN}s{on_device}."
+        return f"{baseline.policy} is recommended, {baseline.time_us:,.1f} \N{MICRO SIGN}s{on_device}."
     times = f"{baseline.time_us:,.1f} \N{RIGHTWARDS ARROW} {chosen.time_us:,.1f} \N{MICRO SIGN}s"
     if case.measured_gain is not None:
         first, last = case.measured[0].total_us, case.measured[-1].total_us
