@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from batchsim import engine
 from batchsim.engine import simulate
+from batchsim.errors import InputError
 from batchsim.model import MODELS
 from batchsim.profile import load_profile
 from batchsim.result import Run
@@ -91,3 +93,29 @@ def test_the_shipped_profile_is_found_by_its_device() -> None:
     profile = tile_profile_of("NVIDIA H200")
     assert profile is not None and profile.name == "h200-tiles"
     assert tile_profile_of("cpu") is None
+
+
+def test_a_profile_without_this_models_mlp_is_said_to_know_nothing() -> None:
+    scenario = parse(TEXT).model_copy(update={"tile_profile": "v100-cusync"})
+    result = simulate(scenario, load_profile(scenario.profile))
+    assert any("knows no MLP" in warning for warning in result.results["tile"].warnings)
+    assert not result.results["async"].warnings
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("costs", "gemm 128x256x64", "step_ns"), -1.0, "gemm 128x256x64"),
+        (("device", "sms"), 0, "multiprocessor"),
+        (("tilings", 0, "tiling", "cost"), "nothing", "nothing"),
+    ],
+)
+def test_an_unsound_tile_profile_is_refused(place: tuple[Any, ...], value: object, told: str) -> None:
+    data = tile_profile_data()
+    *parents, last = place
+    at: Any = data
+    for key in parents:
+        at = at[key]
+    at[last] = value
+    with pytest.raises(InputError, match=told):
+        parse_tile_profile(json.dumps(data), "x.json")

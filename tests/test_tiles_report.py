@@ -233,3 +233,23 @@ def test_the_times_of_tiles_make_the_run_that_they_came_from(run: TilesRun) -> N
             ]
             assert places[0] == places[1]
             assert max(span.slot for span in again.spans) <= max(span.slot for span in spans)
+
+
+def test_every_policy_stands_in_its_best_tiling() -> None:
+    from batchsim.tiles.cases import cases
+    from batchsim.tiles.compare import rank
+    from batchsim.tiles.profile import load_tile_profile
+    from batchsim.tiles.result import compare
+    from batchsim.tiles.scenario import parse
+
+    text = "kind: tiles\nname: t\nprofile: h200-tiles\nchain: {kind: attention, model: llama-3.1-8b, m: 256}\n"
+    profile = load_tile_profile("h200-tiles")
+    (case,) = cases(parse(text), profile)
+    result = compare(case, profile.device)
+    fastest: dict[str, float] = {}
+    for candidate in case.candidates:
+        for run in rank(candidate.chain, case.costs, profile.device):
+            fastest[run.policy] = min(run.total_ns / 1e3, fastest.get(run.policy, float("inf")))
+    for row in result.policies:
+        if row is not result.chosen:
+            assert row.time_us == fastest[row.policy]
