@@ -31,7 +31,7 @@ HEADER = """\
 | chain | chosen tiles | policy | measured us | predicted | StreamSync us | gain | best us | library us |
 |---|---|---|--:|--:|--:|--:|--:|--:|"""
 
-Timings = Annotated[Path, typer.Argument(help="Timed chains, JSON.")]
+Timings = Annotated[Path, typer.Argument(help="Timed chains, JSON.", exists=True, dir_okay=False)]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
