@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from importlib.resources import files
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,6 +27,7 @@ from pydantic import (
 
 from batchsim.errors import InputError
 from batchsim.operations import HOST_PHASES
+from batchsim.shipped import read_profile
 from batchsim.streams import Burst
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -242,27 +242,8 @@ def load_profile(name: str, base: Path | None = None) -> Profile:
     Raises:
         InputError: no such profile, or a file that is not one.
     """
-    shipped = files("calibration") / "profiles"
-    path = (base or Path()) / name
-    if not path.is_file():
-        resource = shipped / f"{name}.json"
-        if not resource.is_file():
-            known = sorted(
-                entry.name.removesuffix(".json") for entry in shipped.iterdir() if entry.name.endswith(".json")
-            )
-            raise InputError(
-                str(path),
-                "profile",
-                repr(name),
-                f"a file that `batchsim calibrate` wrote, or one of: {', '.join(known)}",
-            )
-        text, source = resource.read_text(encoding="utf-8"), resource.name
-    else:
-        source = str(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(source, "", "bytes that are no text", "a profile in JSON") from None
+    wanted = "a file that `batchsim calibrate` wrote"
+    text, source = read_profile(name, base or Path(), ".", what="profile", wanted=wanted)
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:

@@ -16,8 +16,7 @@ import torch
 from batchsim.files import write_text
 from batchsim.tiles.graph import Chain
 from batchsim.tiles.models import DECODERS
-from batchsim.tiles.policy import Policy, policies
-from batchsim.tiles.profile import Kind
+from batchsim.tiles.policy import policies
 from batchsim.tiles.scenario import AttentionChain, ConvChain, GatedChain, MlpChain, TilesScenario
 from batchsim.tiles.shapes import Tiling, attention, conv_pair, gated_mlp, mlp
 
@@ -51,17 +50,6 @@ class Shape:
     def name(self) -> str:
         return f"{self.kind} {'x'.join(map(str, self.sizes))}"
 
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of kernels whose tiles are to be chosen."""
-        known: dict[str, tuple[Kind, ...]] = {
-            "mlp": ("gemm", "gemm"),
-            "gated_mlp": ("gated", "gemm"),
-            "attention": ("gemm", "attention", "gemm"),
-            "conv": ("conv", "conv"),
-        }
-        return known[self.kind]
-
     def chain(self, tilings: Sequence[Tiling]) -> Chain:
         build: dict[str, Callable[..., Chain]] = {
             "mlp": mlp, "gated_mlp": gated_mlp, "attention": attention,
@@ -71,18 +59,6 @@ class Shape:
             first, second = tilings
             return conv_pair(images, height, width, channels, first, second, convs, self.name)
         return build[self.kind](*self.sizes, *tilings, name=self.name)
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of the matrix products (and of causal attention's two)."""
-        if self.kind == "conv":
-            images, height, width, channels, convs = self.sizes
-            return 2 * convs * images * height * width * 9 * channels * channels
-        rows, hidden = self.sizes[:2]
-        if self.kind == "attention":
-            heads, kv_heads, dim = self.sizes[2:]
-            return 2 * rows * hidden * (2 * heads + 2 * kv_heads) * dim + 2 * rows * rows * heads * dim
-        return 2 * rows * hidden * self.sizes[2] * (3 if self.kind == "gated_mlp" else 2)
 
 
 def shapes_of(scenario: TilesScenario) -> list[Shape]:
@@ -131,13 +107,6 @@ class Timing:
         return cls(**{**value, "sizes": tuple(value["sizes"]), "tilings": tilings})
 
 
-def tilings_for(shape: Shape) -> list[tuple[Tiling, ...]]:
-    """The tilings in which a shape is timed."""
-    from calibration.executor.tiles.offers import offered
-
-    return offered(shape.kind, shape.sizes)
-
-
 def measure(
     shapes: Sequence[Shape], out: Path, facts: dict[str, Any], *, deadline_s: float | None = None,
     progress: Progress | None = None, check: bool = False,
@@ -163,13 +132,13 @@ def measure(
 
 def measure_shape(shape: Shape, *, check: bool = False) -> list[Timing]:
     """One shape in all tilings, under all policies, interleaved."""
-    from calibration.executor.tiles.offers import make_chain
+    from calibration.executor.tiles.offers import make_chain, offered
 
     runs: dict[Key, tuple[Callable[[], object], float | None]] = {}
     checks: list[Callable[[], None]] = []
     first = None
     exact = None
-    for tilings in tilings_for(shape):
+    for tilings in offered(shape.kind, shape.sizes):
         chain = make_chain(shape.kind, shape.sizes, tilings, like=first)
         first = first or chain
         for policy in policies(chain.chain, POLICIES):
@@ -252,8 +221,3 @@ def read_timings(path: Path) -> list[Timing]:
 
 def provenance_of(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))["provenance"])
-
-
-def policy_named(chain: Chain, name: str) -> Policy:
-    """The policy of that name."""
-    return next(policy for policy in policies(chain) if policy.name == name)

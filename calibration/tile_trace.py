@@ -12,11 +12,10 @@ from batchsim.tiles.result import CaseResult, Recorded
 from batchsim.tiles.shapes import Tiling
 from batchsim.tiles.sm import TileRun
 from batchsim.tiles.traced import run_of
-from calibration.executor.tiles import BUILDS, Plan, TileChain, Trace
-from calibration.executor.tiles.builds import ATTENTION_BUILDS, CONV_BUILDS
+from calibration.executor.tiles import Plan, TileChain, Trace
+from calibration.executor.tiles.builds import ALL_BUILDS
 from calibration.executor.tiles.offers import make_chain
 
-KNOWN = {**BUILDS, **ATTENTION_BUILDS, **CONV_BUILDS}
 WARM_UPS = 3
 REPEATS = 9
 
@@ -50,7 +49,7 @@ def _measured(recorded: Recorded, sms: int) -> TileRun:
 def _on_device(chain: Chain) -> TileChain:
     """The chain's kernels over random tensors."""
     sizes = _sizes(chain)
-    if sizes is not None and all(kernel.cost in KNOWN for kernel in chain.kernels):
+    if sizes is not None and all(kernel.cost in ALL_BUILDS for kernel in chain.kernels):
         made = make_chain(*sizes, tuple(_tiling(kernel) for kernel in chain.kernels[: _TILINGS[sizes[0]]]))
         if (made.chain.kernels, made.chain.dependences) == (chain.kernels, chain.dependences):
             return made
@@ -85,6 +84,6 @@ def _sizes(chain: Chain) -> tuple[str, tuple[int, ...]] | None:
 
 
 def _tiling(kernel: Kernel) -> Tiling:
-    build = KNOWN[kernel.cost]
+    build = ALL_BUILDS[kernel.cost]
     cols = build.cols if build.gated else kernel.tile[1]
     return Tiling(kernel.tile[0], cols, build.depth, kernel.slices, kernel.occupancy, kernel.cost, kernel.group)

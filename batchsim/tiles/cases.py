@@ -84,7 +84,12 @@ def cases(scenario: TilesScenario, profile: TileProfile) -> list[Case]:
                 if profile.together(some)
             ]
             free = [number for number, name in enumerate(shape.kinds) if getattr(spec.tile, name) is None]
-            suited = [each for each in candidates if _suits(each.chain, free, profile) and _fits(each.chain, shape)]
+            suited = [
+                each
+                for each in candidates
+                if _fits(each.chain, shape)
+                and profile.suits((each.chain.kernels[number] for number in free), each.chain.kernels[0].rows)
+            ]
             if len(free) == len(shape.kinds):
                 suited = [_uncrowded(candidate, profile.device.sms) for candidate in suited or candidates]
             small = _small(suited or candidates, key)
@@ -187,11 +192,6 @@ def _uncrowded(candidate: Candidate, sms: int) -> Candidate:
         for kernel in chain.kernels
     )
     return replace(candidate, chain=replace(chain, kernels=kernels))
-
-
-def _suits(chain: Chain, kernels: list[int], profile: TileProfile) -> bool:
-    """Whether the tiles of those kernels are worth a try for the chain's rows."""
-    return all(profile.suits(chain.kernels[number], chain.kernels[0].rows) for number in kernels)
 
 
 def _small(candidates: list[Candidate], key: str) -> tuple[Candidate, ...]:

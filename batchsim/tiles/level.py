@@ -78,7 +78,7 @@ class TileLevel:
         for first in self.profile.tilings_of("gated"):
             for second in self.profile.tilings_of("gemm"):
                 chain = self._chain(rows, first, second)
-                if not (self.profile.together((first, second)) and self._suit(chain)):
+                if not (self.profile.together((first, second)) and self.profile.suits(chain.kernels, rows)):
                     continue
                 for policy in policies(chain, only=POLICIES):
                     time_ns = round(simulate(policy, costs, device).total_ns + device.launch_gap_ns)
@@ -89,9 +89,6 @@ class TileLevel:
             return None
         time_ns, tilings, policy = best
         return Choice(tilings, policy, time_ns, library_ns)
-
-    def _suit(self, chain: Chain) -> bool:
-        return all(self.profile.suits(kernel, chain.kernels[0].rows) for kernel in chain.kernels)
 
     def _chain(self, rows: int, first: Tiling, second: Tiling) -> Chain:
         return gated_mlp(rows, self.shape.hidden_size, self.shape.intermediate_size, first, second)

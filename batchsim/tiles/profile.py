@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import astuple
-from importlib.resources import files
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,10 +11,12 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from batchsim.errors import InputError
+from batchsim.shipped import read_profile, shipped
 from batchsim.tiles.graph import Kernel
 from batchsim.tiles.shapes import Tiling
 from batchsim.tiles.sm import TileCost, TileDevice
 
+FOLDER = "tiles"
 Kind = Literal["gemm", "gated", "attention", "conv"]
 
 
@@ -91,8 +92,11 @@ class TileProfile(_Model):
         wanted = {tiling.cost for tiling in tilings}
         return len({entry.warps for entry in self.tilings if entry.warps and entry.tiling.cost in wanted}) <= 1
 
-    def suits(self, kernel: Kernel, rows: int) -> bool:
-        """Whether a kernel's tile is worth a try for a chain with so many rows of input."""
+    def suits(self, kernels: Iterable[Kernel], rows: int) -> bool:
+        """Whether all these kernels' tiles are worth a try for a chain with so many rows of input."""
+        return all(self._suits(kernel, rows) for kernel in kernels)
+
+    def _suits(self, kernel: Kernel, rows: int) -> bool:
         tile = kernel.cost, kernel.slices, kernel.group
         entries = [e for e in self.tilings if (e.tiling.cost, e.tiling.slices, e.tiling.group) == tile]
         return not entries or any(e.least_rows <= rows <= (e.most_rows or rows) for e in entries)
@@ -108,18 +112,9 @@ def load_tile_profile(name: str, base: Path | None = None, key: str = "profile")
     Raises:
         InputError: no such profile, or a file that is not one.
     """
-    path = (base or Path()) / name
-    shipped = _shipped()
-    if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(str(path), "", "bytes that are no text", "a tile profile in JSON") from None
-        return parse_tile_profile(text, str(path))
-    if name not in shipped:
-        wanted = f"a tile profile's JSON, or one of: {', '.join(sorted(shipped))}"
-        raise InputError(None if base is None else str(path), key, repr(name), wanted)
-    return parse_tile_profile(shipped[name].read_text(encoding="utf-8"), f"{name}.json")
+    wanted = "a tile profile's JSON"
+    text, source = read_profile(name, base, FOLDER, what="tile profile", wanted=wanted, key=key)
+    return parse_tile_profile(text, source)
 
 
 def parse_tile_profile(text: str, source: str) -> TileProfile:
@@ -137,15 +132,8 @@ def parse_tile_profile(text: str, source: str) -> TileProfile:
 
 def tile_profile_of(device: str) -> TileProfile | None:
     """The shipped tile profile that was measured on a device of this name, or None."""
-    for name in sorted(_shipped()):
+    for name in sorted(shipped(FOLDER)):
         profile = load_tile_profile(name)
         if profile.provenance.get("device") == device:
             return profile
     return None
-
-
-def _shipped() -> dict[str, Any]:
-    folder = files("calibration") / "profiles" / "tiles"
-    if not folder.is_dir():
-        return {}
-    return {e.name.removesuffix(".json"): e for e in folder.iterdir() if e.name.endswith(".json")}

@@ -11,7 +11,7 @@ from batchsim.errors import InputError
 from batchsim.tiles.policy import Policy
 from batchsim.tiles.shapes import Tiling, attention
 from calibration.executor.tiles.attention_kernel import attention_kernel
-from calibration.executor.tiles.builds import build_named, one_build
+from calibration.executor.tiles.builds import ALL_BUILDS, one_build
 from calibration.executor.tiles.chain import Bound, TileChain, product_operands, random_tensor
 from calibration.executor.tiles.plan import Plan
 
@@ -74,7 +74,7 @@ class Attention(TileChain):
     def bind(self, policy: Policy | Plan) -> Bound:
         one, queries, two = self.tilings
         fused, core, out = self.written
-        shapes = build_named(one.cost).shape(one.slices), build_named(two.cost).shape(two.slices)
+        shapes = ALL_BUILDS[one.cost].shape(one.slices), ALL_BUILDS[two.cost].shape(two.slices)
         head = self.head_dim
         operands = (
             *product_operands(self.x, self.qkv, fused, shapes[0]),
@@ -83,7 +83,7 @@ class Attention(TileChain):
             TensorDescriptor.from_tensor(core, [queries.rows, head]),
             *product_operands(core, self.output, out, shapes[1]),
         )
-        stages = build_named(queries.cost).stages
+        stages = ALL_BUILDS[queries.cost].stages
         heads = queries.rows, queries.depth, head, stages, self.heads, self.kv_heads
         constants = {"SHAPE0": shapes[0], "HEADS": heads, "SHAPE2": shapes[1]}
         return Bound(attention_kernel, operands, self._plan(policy), constants | one_build(*self.tilings))

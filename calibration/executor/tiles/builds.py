@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+
 from batchsim.errors import InputError
 from batchsim.tiles.shapes import Tiling
 from calibration.executor.tiles.tilings import BUILDS, Build
@@ -29,26 +31,24 @@ CONV_BUILDS = {
 }
 
 
-def build_named(name: str) -> Build:
-    """The build of a matrix product's, an attention's or a convolution's tile."""
-    return ATTENTION_BUILDS.get(name) or CONV_BUILDS.get(name) or BUILDS[name]
+ALL_BUILDS = ChainMap(BUILDS, ATTENTION_BUILDS, CONV_BUILDS)
 
 
 def attention_tiling(name: str, head_dim: int) -> Tiling:
     """The tiling of that name, for heads of `head_dim`."""
-    build = build_named(name)
+    build = ALL_BUILDS[name]
     return Tiling(build.rows, head_dim, build.depth, 1, build.occupancy, name)
 
 
 def conv_tiling(name: str, slices: int = 1, group: int = 1) -> Tiling:
     """The tiling of that name, its contraction in `slices` shares."""
-    build = build_named(name)
+    build = ALL_BUILDS[name]
     return Tiling(build.rows, build.cols, build.depth, slices, build.occupancy, name, group)
 
 
 def one_build(*tilings: Tiling) -> dict[str, int]:
     """Triton's options for a kernel with tiles of all these tilings: one number of warps."""
-    warps = {build_named(tiling.cost).warps for tiling in tilings}
+    warps = {ALL_BUILDS[tiling.cost].warps for tiling in tilings}
     if len(warps) > 1:
         names = " and ".join(dict.fromkeys(tiling.cost for tiling in tilings))
         raise InputError(None, "tilings", names, "tilings of the same number of warps")

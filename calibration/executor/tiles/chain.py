@@ -16,7 +16,6 @@ from batchsim.tiles.policy import Policy
 from calibration.executor.tiles.fixed import FixedLaunch
 from calibration.executor.tiles.plan import Plan, Trace
 from calibration.executor.tiles.sync import PARTIAL_UNIT, TICKET_WORDS
-from calibration.executor.tiles.tilings import BUILDS
 
 
 class Bound:
@@ -145,11 +144,3 @@ def product_operands(
         blocks(weights, *block, depth), blocks(weights, *([cols_rest] if cols_rest else block), depth),
         blocks(c, rows, out), blocks(c, rows_rest or rows, cols_rest or out),
     )  # fmt: skip
-
-
-def build_options(*names: str) -> dict[str, int]:
-    """Triton's options for a kernel whose tiles are compiled for these names: one number of warps for all."""
-    warps = {BUILDS[name].warps for name in names}
-    if len(warps) > 1:
-        raise InputError(None, "tilings", " and ".join(names), "tilings of the same number of warps")
-    return {"num_warps": warps.pop()}

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from batchsim.errors import InputError
 from batchsim.tiles.policy import Policy
 from batchsim.tiles.shapes import Tiling, conv_pair
-from calibration.executor.tiles.builds import build_named, one_build
+from calibration.executor.tiles.builds import ALL_BUILDS, one_build
 from calibration.executor.tiles.chain import Bound, TileChain, random_tensor
 from calibration.executor.tiles.conv_kernel import conv_kernel
 from calibration.executor.tiles.plan import Plan
@@ -82,7 +82,7 @@ class Conv(TileChain):
         for tiling in self.tilings:
             descriptors.append(TensorDescriptor.from_tensor(rows, [tiling.cols, tiling.depth]))
             descriptors.append(TensorDescriptor.from_tensor(flat, [tiling.rows, tiling.cols]))
-            stages = build_named(tiling.cost).stages
+            stages = ALL_BUILDS[tiling.cost].stages
             shapes.append((tiling.rows, tiling.cols, tiling.depth, stages, tiling.slices, channels))
         operands = (flat, *descriptors, self.height, self.width, len(self.x), room)
         constants = {"SHAPE0": shapes[0], "SHAPE1": shapes[1]}

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from calibration.executor.tiles.products import _last, _put, _sum, activated
-from calibration.executor.tiles.sync import claim, claimed_ticket, clock, leave, multiprocessor, post, ready, ticket
+from calibration.executor.tiles.sync import claim, claimed_ticket, clock, leave, note, post, ready, ticket
 
 
 @triton.jit
@@ -114,8 +114,5 @@ def conv_kernel(
         if written:
             post(semaphores, semaphore, value, CUDA)
         if TRACE:
-            tl.store(trace + tile * 4, began)
-            tl.store(trace + tile * 4 + 1, clock(CUDA))
-            tl.store(trace + tile * 4 + 2, waited)
-            tl.store(trace + tile * 4 + 3, multiprocessor(CUDA).to(tl.int64))
+            note(trace, tile, began, waited, CUDA)
     leave(state, semaphores, count, LANES)

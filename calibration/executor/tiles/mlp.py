@@ -11,7 +11,8 @@ from torch import Tensor
 from batchsim.errors import InputError
 from batchsim.tiles.policy import Policy
 from batchsim.tiles.shapes import Tiling, gated_mlp, mlp
-from calibration.executor.tiles.chain import Bound, TileChain, build_options, product_operands, random_tensor
+from calibration.executor.tiles.builds import one_build
+from calibration.executor.tiles.chain import Bound, TileChain, product_operands, random_tensor
 from calibration.executor.tiles.pair import pair_kernel
 from calibration.executor.tiles.plan import Plan
 from calibration.executor.tiles.tilings import BUILDS
@@ -78,8 +79,7 @@ class Mlp(TileChain):
             "GATED": self.gated, "ACTIVATION": self.activation,
             "SHAPE0": shapes[0], "SHAPE1": shapes[1], "SHAPE2": shapes[2], "TAIL": len(self.tilings) > 2,
         }  # fmt: skip
-        options = build_options(*(tiling.cost for tiling in self.tilings))
-        return Bound(pair_kernel, operands, self._plan(policy), constants | options)
+        return Bound(pair_kernel, operands, self._plan(policy), constants | one_build(*self.tilings))
 
     def exact(self) -> Tensor:
         hidden = _activated(self.x.double() @ self.first.double().T, self.gated, self.activation)

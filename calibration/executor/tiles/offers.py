@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from batchsim.errors import InputError
 from batchsim.tiles.shapes import Tiling
@@ -12,7 +13,6 @@ from calibration.executor.tiles.builds import CONV_BUILDS, attention_tiling, con
 from calibration.executor.tiles.chain import TileChain
 from calibration.executor.tiles.conv import Conv
 from calibration.executor.tiles.mlp import Mlp
-from calibration.executor.tiles.mlp_offers import mlp_offers
 from calibration.executor.tiles.tilings import tiling
 
 # What each kind's sizes are, in their order.
@@ -24,6 +24,7 @@ SIZES = {
 }
 SMS = 132  # of an H200
 LEAST_STEPS = 4  # of a share's main loop: with fewer, summing the shares costs more than it saves
+TAIL_SLICES = 4
 
 
 def offered(kind: str, sizes: tuple[int, ...]) -> list[tuple[Tiling, ...]]:
@@ -65,13 +66,12 @@ def _check(kind: str, sizes: tuple[int, ...]) -> None:
         raise InputError(None, "sizes", str(sizes), ", ".join(SIZES[kind]))
 
 
-def _gemm(name: str, slices: int = 1, *, gated: bool = False) -> Tiling:
+def _product(name: str, slices: int = 1, *, gated: bool = False) -> Tiling:
     return tiling(f"{'gated' if gated else 'gemm'} {name}x64", slices)
 
 
-def _tiles(rows: int, cols: int, tile: Tiling, *, gated: bool = False) -> int:
-    """Tiles of a product; a gated one's hold half as many columns of its output."""
-    return -(-rows // tile.rows) * -(-cols // (tile.cols // 2 if gated else tile.cols))
+def _tiles(rows: int, cols: int, tile: Tiling) -> int:
+    return -(-rows // tile.rows) * -(-cols // tile.cols)
 
 
 def _filling(tiles: int, depth: int, tile: Tiling) -> int:
@@ -89,12 +89,38 @@ def _distinct(offers: Iterable[tuple[Tiling, ...]]) -> list[tuple[Tiling, ...]]:
     return list(dict.fromkeys(offers))
 
 
-def _mlp(rows: int, hidden: int, inner: int) -> list[tuple[Tiling, ...]]:
-    return mlp_offers(rows, hidden, inner, gated=False)
+def _mlp(rows: int, hidden: int, inner: int, *, gated: bool) -> list[tuple[Tiling, ...]]:
+    """Tilings of the two products, and of a tail where there is one.
 
+    Small tiles and shares that fill the device for few rows; for many rows large tiles, in two heights of the groups
+    in which their rows are handed out (high groups load weights less often, low ones end their first rows earlier).
+    """
 
-def _gated_mlp(rows: int, hidden: int, inner: int) -> list[tuple[Tiling, ...]]:
-    return mlp_offers(rows, hidden, inner, gated=True)
+    up, down = partial(_product, gated=gated), _product
+
+    if rows <= 64:
+        names = ("64x256",) if gated else ("64x256", "64x128")
+        wide = inner * (1 + gated)  # a gated tile's columns are those of both halves
+        return [
+            (
+                up(name, _filling(_tiles(rows, wide, up(name)), hidden, up(name))),
+                down(name, _filling(_tiles(rows, hidden, down(name)), inner, down(name))),
+            )
+            for name in names
+        ]
+    if rows <= 512:
+        halves = (up("128x256", 2), down("128x256"))
+        if gated:
+            return [(up("128x256"), down("128x256")), halves, (up("64x256"), down("64x256"))]
+        return [(up("128x256"), down("128x256")), halves, (up("128x256"), down("256x192"))]
+    pairs = [("128x256", "128x256")] if gated else [("128x256", "128x256"), ("256x192",) * 2, ("128x256", "256x192")]
+    offers: list[tuple[Tiling, ...]] = []
+    for first, second in pairs:
+        offers.append((up(first), down(second)))
+        offers.append((up(first), down(second), down(second, TAIL_SLICES)))
+        if first == "128x256":
+            offers.append((replace(up(first), group=2), replace(down(second), group=2)))
+    return offers
 
 
 def _attention(rows: int, hidden: int, heads: int, kv_heads: int, head_dim: int) -> list[tuple[Tiling, ...]]:
@@ -103,17 +129,17 @@ def _attention(rows: int, hidden: int, heads: int, kv_heads: int, head_dim: int)
 
     def best(cols: int, depth: int) -> Tiling:
         """The large tile whose waves hold the device for the shortest; tiles in two parts are not worth sharing out."""
-        tiles = [_gemm(name) for name in ("128x256", "256x192", "192x256")]
-        tiles.append(_gemm("128x256", _filling(_tiles(rows, cols, tiles[0]), depth, tiles[0])))
+        tiles = [_product(name) for name in ("128x256", "256x192", "192x256")]
+        tiles.append(_product("128x256", _filling(_tiles(rows, cols, tiles[0]), depth, tiles[0])))
         return min(tiles, key=lambda one: _waves(rows, cols, one) * one.rows * one.cols / one.slices)
 
-    one = _gemm("128x128")
+    one = _product("128x128")
     offers = [(one, small, one)]
     if rows <= 512:
         slices = _filling(_tiles(rows, wide, one), hidden, one), _filling(_tiles(rows, hidden, one), core, one)
-        offers.append((_gemm("128x128", slices[0]), small, _gemm("128x128", slices[1])))
+        offers.append((_product("128x128", slices[0]), small, _product("128x128", slices[1])))
     if rows > 64:
-        plain = _gemm("128x256")
+        plain = _product("128x256")
         offers = [(best(wide, hidden), large, best(hidden, core)), (plain, large, plain), *offers]
     return _distinct(offers)
 
@@ -136,5 +162,5 @@ def _conv(images: int, height: int, width: int, channels: int, _: int) -> list[t
 
 
 _OFFERS: dict[str, Callable[..., list[tuple[Tiling, ...]]]] = {
-    "mlp": _mlp, "gated_mlp": _gated_mlp, "attention": _attention, "conv": _conv,
+    "mlp": partial(_mlp, gated=False), "gated_mlp": partial(_mlp, gated=True), "attention": _attention, "conv": _conv,
 }  # fmt: skip

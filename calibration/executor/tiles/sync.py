@@ -71,6 +71,15 @@ def ticket(tickets, number, last, WORDS: tl.constexpr):
 
 
 @triton.jit
+def note(trace, tile, began, waited, CUDA: tl.constexpr):
+    """Write down when a tile began and ended, how long it waited, and where it ran."""
+    tl.store(trace + tile * 4, began)
+    tl.store(trace + tile * 4 + 1, clock(CUDA))
+    tl.store(trace + tile * 4 + 2, waited)
+    tl.store(trace + tile * 4 + 3, multiprocessor(CUDA).to(tl.int64))
+
+
+@triton.jit
 def leave(state, semaphores, count, BLOCK: tl.constexpr):
     """The last program to leave resets tickets and semaphores for the next launch."""
     left = tl.atomic_add(state + 1, 1, sem="acq_rel", scope="gpu")
