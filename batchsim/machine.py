@@ -8,16 +8,17 @@ the latest recording made before it; a copy needs the engine of its direction; a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import simpy
 
-from batchsim.batching.continuous import Batch, ContinuousBatcher
+from batchsim.batching.continuous import Batch, ContinuousBatcher, Request
 from batchsim.operations import (
     BuildInputs, CopyIn, CopyOut, Forward, KernelSync, Program, Record, Schedule, StreamWait, Synchronize, Update,
 )  # fmt: skip
 from batchsim.records import Lane, Observer, Span
+from batchsim.request_log import RequestLog
 from batchsim.streams import (
     Burst, Copy, Engine, Environment, HostThreads, Kernels, Latencies, LaunchQueue, Waiting, Recording, Stream, Wait,
 )  # fmt: skip
@@ -49,7 +50,8 @@ class Costs(Protocol):
 class SimulatedMachine:
     """Runs programs against a batcher.
 
-    `observe` is told of host spans and copies as they begin, and of forwards as they end.
+    `observe` is told of host spans and copies as they begin, and of forwards as they end; `log` of decisions and
+    updates. `env` is the environment of machines that serve together, each with a batcher of its own (`deliver`).
     """
 
     def __init__(
@@ -60,8 +62,11 @@ class SimulatedMachine:
         *,
         host_threads: int = 1,
         launch_queue_depth: int = 1024,
+        log: RequestLog | None = None,
+        env: Environment | None = None,
     ) -> None:
-        self.env = Environment()
+        self.env = env or Environment()
+        self.log = log
         self.batcher = batcher
         self.costs = costs
         self.observe = observe
@@ -72,17 +77,38 @@ class SimulatedMachine:
         }
         self._engines: dict[Lane, Engine] = {"copy_in": Engine(), "copy_out": Engine()}
         self._recordings: dict[str, Recording] = {}
+        self._in_flight = 0
+        self._delivered: simpy.Event | None = None
+        self.expects_more = False  # whether requests may still be delivered
         self._effects: dict[type, Callable[[Any], Batch | None]] = {
-            Schedule: self._schedule, BuildInputs: self._build_inputs, CopyIn: self._copy, CopyOut: self._copy,
-            Record: self._record, StreamWait: self._stream_wait, Update: self._update,
+            BuildInputs: self._build_inputs, CopyIn: self._copy, CopyOut: self._copy,
+            Record: self._record, StreamWait: self._stream_wait,
         }  # fmt: skip
 
     def run(self, program: Program) -> int:
         """Run `program` to its end and return the time that took, nanoseconds."""
-        self.env.run(until=simpy.Process(self.env, self._drive(program)))
+        self.env.run(until=self.start(program))
         return self.env.now
 
-    def _drive(self, program: Program) -> Waiting:
+    def start(self, program: Program) -> simpy.Process:
+        """Begin to run `program`; the process ends with the time that it took."""
+        return simpy.Process(self.env, self._drive(program))
+
+    def deliver(self, request: Request) -> None:
+        """A request arrives now, by a router."""
+        self.batcher.submit(request)
+        if self._delivered is not None:
+            self._delivered.succeed()
+            self._delivered = None
+
+    def close(self) -> None:
+        """No request will be delivered any more."""
+        self.expects_more = False
+        if self._delivered is not None:
+            self._delivered.succeed()
+            self._delivered = None
+
+    def _drive(self, program: Program) -> Generator[simpy.Event, Any, int]:
         """One host thread: every operation takes effect as it begins, and then costs its time."""
         env, host_ns, observe, effects = self.env, self.costs.host_ns, self.observe, self._effects
         yield from self._threads.take()
@@ -99,20 +125,50 @@ class SimulatedMachine:
             if isinstance(operation, Synchronize):
                 yield from self._synchronize(operation)
                 continue
+            if isinstance(operation, Schedule):
+                answer = yield from self._decide()
+                continue
+            if isinstance(operation, Update):
+                yield from self._update(operation)
+                continue
             if isinstance(operation, COPIES) and not self._queue.take(1):
                 yield from self._await_places(1, operation)
             batch = effects[type(operation)](operation)
-            if isinstance(operation, Schedule):
-                answer = batch
             phase, start = operation.phase, env.now
             cost = host_ns(phase, batch)
             observe(Span(-1 if batch is None else batch.index, "host", phase, start, start + cost))
             if cost and not env.skip(cost):
                 yield simpy.Timeout(env, cost)
         self._threads.give()
+        return env.now
 
-    def _schedule(self, _operation: Schedule) -> Batch | None:
-        return self.batcher.schedule()
+    def _decide(self) -> Generator[simpy.Event, Any, Batch | None]:
+        """Ask the batcher; where there is nothing to run and nothing to read, wait for the next request."""
+        env, batcher = self.env, self.batcher
+        batch = batcher.schedule(env.now)
+        start = env.now
+        while batch is None and not self._in_flight and (self.expects_more or batcher.next_arrival_ns is not None):
+            yield from self._await_request()
+            batch = batcher.schedule(env.now)
+        if env.now > start:
+            self.observe(Span(-1, "host", "no_requests", start, env.now))
+            if self.log is not None:
+                self.log.idle(start)
+        start = env.now
+        if batch is not None and self.log is not None:
+            self.log.scheduled(batch, start, batcher)
+        cost = self.costs.host_ns("schedule", batch)
+        self.observe(Span(-1 if batch is None else batch.index, "host", "schedule", start, start + cost))
+        if cost and not env.skip(cost):
+            yield simpy.Timeout(env, cost)
+        return batch
+
+    def _await_request(self) -> Waiting:
+        if (arrival_ns := self.batcher.next_arrival_ns) is None:
+            self._delivered = simpy.Event(self.env)
+            yield self._delivered
+        elif not self.env.skip(arrival_ns - self.env.now):
+            yield simpy.Timeout(self.env, arrival_ns - self.env.now)
 
     def _build_inputs(self, operation: BuildInputs) -> Batch:
         return operation.batch
@@ -132,13 +188,21 @@ class SimulatedMachine:
     def _stream_wait(self, operation: StreamWait) -> None:
         self._streams[operation.stream].push(Wait(self._recordings[operation.event]))
 
-    def _update(self, operation: Update) -> Batch:
-        self.batcher.update(operation.batch)
-        return operation.batch
+    def _update(self, operation: Update) -> Waiting:
+        env, batch = self.env, operation.batch
+        self._in_flight -= 1
+        self.batcher.update(batch)
+        start, cost = env.now, self.costs.host_ns("update", batch)
+        if self.log is not None:
+            self.log.updated(batch, start + cost)
+        self.observe(Span(batch.index, "host", "update", start, start + cost))
+        if cost and not env.skip(cost):
+            yield simpy.Timeout(env, cost)
 
     def _launch(self, operation: Forward) -> Waiting:
         env, compute, launch_ns = self.env, self._streams["compute"], self.costs.latencies.launch_ns
         batch = operation.batch
+        self._in_flight += 1
         bursts = self.costs.launch(batch, operation.kernels)
         stage = "prefill" if batch.prefill_tokens else "decode"
         last = len(bursts) - 1

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from batchsim.batching.continuous import ContinuousBatcher
 from batchsim.errors import RunError
@@ -37,13 +40,18 @@ class Metrics:
         self._gap_ns: int | None = 0
         self._device_end_ns = 0
         self._last_update_ns = 0
+        self._no_requests_ns = 0
         self._steps_ns = array("q")
 
     def __call__(self, span: Span) -> None:
         step, lane, stage, start_ns, end_ns, gap_ns = span
         if lane == "host":
-            self._stage_ns[stage] += end_ns - start_ns
             self._recent.append(span)
+            if stage == "no_requests":
+                self._no_requests_ns += end_ns - start_ns
+                self._last_update_ns += end_ns - start_ns
+                return
+            self._stage_ns[stage] += end_ns - start_ns
             if stage == "launch":
                 self._launched_ns.setdefault(step, end_ns)
             elif stage == "update":
@@ -108,41 +116,85 @@ class Metrics:
                 return
             unclaimed = rest
 
+    def totals(self, total_ns: int) -> Totals:
+        """What the whole run, which took `total_ns`, adds up to."""
+        self._attribute(self._device_end_ns, total_ns, -1, total_ns)
+        return Totals(
+            total_ns=total_ns,
+            stage_ns=dict(self._stage_ns),
+            stage_steps=dict(self._stage_steps),
+            idle_ns=dict(self._idle_ns),
+            busy_ns=self._busy_ns,
+            gap_ns=self._gap_ns,
+            no_requests_ns=self._no_requests_ns,
+            steps_ns=np.asarray(self._steps_ns, dtype=np.int64),
+        )
+
     def result(self, schedule: str, total_ns: int, batcher: ContinuousBatcher) -> ScheduleResult:
         """The metrics of the whole run, which took `total_ns`.
 
         Raises:
             RunError: nothing ran, it took no time, or requests were left unserved.
         """
-        if unserved := len(batcher.waiting) + len(batcher.running):
+        if unserved := batcher.unserved:
             raise RunError(f"{schedule}: the run ended with {unserved} requests not served to their end")
-        if not self._steps_ns:
-            raise RunError(f"{schedule}: nothing ran: not a single step was made")
-        if total_ns <= 0:
-            raise RunError(f"{schedule}: the whole run took no time: all costs are zero")
-        self._attribute(self._device_end_ns, total_ns, -1, total_ns)
-        steps = np.asarray(self._steps_ns, dtype=np.int64) / 1e6
-        count = len(steps)
-        p50, p95, p99 = np.percentile(steps, (50, 95, 99))
-        stages = {
-            stage: total / 1e6 / (self._stage_steps.get(stage) or count)
-            for stage, total in sorted(self._stage_ns.items())
+        counts = {
+            "requests": batcher.finished,
+            "output_tokens": batcher.output_tokens,
+            "wasted_tokens": batcher.wasted_tokens,
+            "preemptions": batcher.preemptions,
         }
+        return self.totals(total_ns).result(schedule, counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over a run, nanoseconds and steps, by the stages of `batchsim.records`; `steps_ns` as `step_ms` is defined.
+
+    Of several replicas, the sums over all of them; `total_ns` then is the time of one, and `replicas` their number.
+    """
+
+    total_ns: int
+    stage_ns: Mapping[str, int]
+    stage_steps: Mapping[str, int]
+    idle_ns: Mapping[str, int]
+    busy_ns: int
+    gap_ns: int | None
+    no_requests_ns: int
+    steps_ns: npt.NDArray[np.int64]
+    replicas: int = 1
+
+    def result(self, schedule: str, counts: Mapping[str, int]) -> ScheduleResult:
+        """The metrics of the run; `counts` are requests and tokens.
+
+        Raises:
+            RunError: nothing ran, or it took no time.
+        """
+        count = len(self.steps_ns)
+        if not count:
+            raise RunError(f"{schedule}: nothing ran: not a single step was made")
+        if self.total_ns <= 0:
+            raise RunError(f"{schedule}: the whole run took no time: all costs are zero")
+        steps_ms = self.steps_ns / 1e6
+        p50, p95, p99 = np.percentile(steps_ms, (50, 95, 99))
+        machine_ns = self.total_ns * self.replicas
+        stages = {
+            stage: total / 1e6 / (self.stage_steps.get(stage) or count)
+            for stage, total in sorted(self.stage_ns.items())
+        }
+        waited_ns = self.stage_ns.get("wait", 0) + self.no_requests_ns
+        idle = sorted(self.idle_ns.items(), key=lambda entry: (-entry[1], entry[0]))
         return ScheduleResult(
             schedule=schedule,
-            throughput_tokens_per_s=batcher.output_tokens / (total_ns / 1e9),
-            total_s=total_ns / 1e9,
-            step_ms={"mean": float(steps.mean()), "p50": float(p50), "p95": float(p95), "p99": float(p99)},
-            device_busy_fraction=self._busy_ns / total_ns,
-            launch_gap_fraction=None if self._gap_ns is None else self._gap_ns / total_ns,
-            host_busy_fraction=1 - self._stage_ns["wait"] / total_ns,
-            idle_ns={stage: ns for stage, ns in self._idle_ns.most_common() if ns},
-            stage_ms=stages,
-            counts={
-                "requests": batcher.finished,
-                "steps": count,
-                "output_tokens": batcher.output_tokens,
-                "wasted_tokens": batcher.wasted_tokens,
-                "prefill_steps": self._stage_steps["prefill"],
+            throughput_tokens_per_s=counts["output_tokens"] / (self.total_ns / 1e9),
+            total_s=self.total_ns / 1e9,
+            step_ms={
+                "mean": float(steps_ms.mean()), "p50": float(p50), "p95": float(p95), "p99": float(p99)
             },
-        )
+            device_busy_fraction=self.busy_ns / machine_ns,
+            launch_gap_fraction=None if self.gap_ns is None else self.gap_ns / machine_ns,
+            host_busy_fraction=1 - waited_ns / machine_ns,
+            idle_ns={stage: ns for stage, ns in idle if ns},
+            stage_ms=stages,
+            counts={**counts, "steps": count, "prefill_steps": self.stage_steps.get("prefill", 0)},
+        )  # fmt: skip
