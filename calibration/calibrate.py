@@ -59,7 +59,7 @@ def calibrate(
     prepare(device, "calibrate")
     shape = MODELS[model]
     facts = provenance(device, f"batchsim calibrate --device {device} --model {model} --rounds {rounds}")
-    settings = _settings(shape, device)
+    settings = model_settings(shape, device)
     cells = plan(
         kv_tokens=settings["num_kv_blocks"] * BLOCK_SIZE - 64 * BLOCK_SIZE,
         sizes=settings["graph_sizes"],
@@ -130,7 +130,7 @@ def kernel_counts(decoder: Decoder) -> KernelCounts:
     )
 
 
-def _settings(shape: ModelShape, device: str) -> dict[str, Any]:
+def model_settings(shape: ModelShape, device: str) -> dict[str, Any]:
     """Sizes that suit the model and the device."""
     if device == "cpu":
         return {

@@ -91,6 +91,7 @@ class Cell:
             max_num_batched_tokens=self.num_tokens,
             block_size=block_size,
             num_kv_blocks=num_kv_blocks,
+            reserve=True,
         )
 
 

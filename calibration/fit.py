@@ -153,7 +153,7 @@ def fit_device(measured: Measured, kernels: KernelCounts, tile: int) -> DeviceFi
         if not c.graphs and not c.chunk and s.get("launch")
     ]
     eager_factor, outer_share = _fit_eager(eager, kernels)
-    prefill_fit, prefill_ratios = _fit_prefill(measured, curves, tile)
+    prefill_fit, prefill_ratios = fit_prefill(measured, curves, tile)
     return DeviceFit(
         decode=curves,
         prefill=prefill_fit,
@@ -198,7 +198,7 @@ def _launch_bound(samples: Samples) -> bool:
     return float(np.median(samples["launch"])) > 0.8 * float(np.median(samples["prefill"]))
 
 
-def _fit_prefill(measured: Measured, curves: Sequence[DecodeCurve], tile: int) -> tuple[PrefillFit, list[float]]:
+def fit_prefill(measured: Measured, curves: Sequence[DecodeCurve], tile: int) -> tuple[PrefillFit, list[float]]:
     """A base time for every number of tokens measured and slopes for attention, by non-negative least squares.
 
     Forwards of few tokens are bound by their launches and are left out; their kernel time is that of a decode of
@@ -264,11 +264,11 @@ def fit_profile(
         loops=loops,
         device=fit_device(measured, kernels, tile),
         copies=copies,
-        cells=[_summary(cell, samples) for cell, samples in measured.items()],
+        cells=[summary(cell, samples) for cell, samples in measured.items()],
     )
 
 
-def _summary(cell: Cell, samples: Samples) -> dict[str, Any]:
+def summary(cell: Cell, samples: Samples) -> dict[str, Any]:
     """A cell as a profile keeps it: quantiles and counts of each stage."""
     stages = {}
     for stage, values in sorted(samples.items()):

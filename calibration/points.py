@@ -19,7 +19,8 @@ import typer
 from batchsim.files import write_json
 from batchsim.profile import Profile, load_profile
 from batchsim.result import ScheduleResult, occurrence, validation_json
-from batchsim.scenario import FixedWorkload, Scenario
+from batchsim.scenario import Scenario
+from batchsim.workload_scenario import FixedWorkload
 from batchsim.yaml_loader import load as load_yaml
 from calibration.predict import predict_again
 
@@ -87,14 +88,14 @@ def run(
 @app.command()
 def predict(folder: Folder, profiles: Profiles = None) -> None:
     """Predict every point in `folder` again, at the host's speed beside its execution; keep what was measured."""
-    for path, point in _points(folder).items():
+    for path, point in read_points(folder).items():
         _keep(path, predict_again(point, _profile(point["profile"], profiles)))
 
 
 @app.command()
 def table(folder: Folder, profiles: Profiles = None) -> None:
     """Print the table of all points in `folder`, and the summary above it, as Markdown."""
-    points = list(_points(folder).values())
+    points = list(read_points(folder).values())
     typer.echo(summary(points))
     unscaled = [predict_again(point, _profile(point["profile"], profiles), host_speed=1.0) for point in points]
     typer.echo("Without the host's speed beside each point, at the speed that the profile was measured at:")
@@ -153,7 +154,7 @@ def stage_errors(points: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     return stages
 
 
-def _points(folder: Path) -> dict[Path, dict[str, Any]]:
+def read_points(folder: Path) -> dict[Path, dict[str, Any]]:
     points = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     if not points:
         raise typer.BadParameter(f"{folder} holds no points")

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
-from batchsim.batching.continuous import kv_blocks, max_tokens
-from batchsim.engine import Window, batcher_of, steady_step, tell_all, tile_level_of, with_gains
+from batchsim.batching.continuous import kv_blocks
+from batchsim.engine import (
+    Window,
+    batcher_of,
+    is_open_loop,
+    requests_of,
+    slo_of,
+    tile_level_of,
+    window_of,
+    with_gains,
+)
+from batchsim.errors import InputError
+from batchsim.latency import request_figures
 from batchsim.metrics import Metrics
 from batchsim.model import MODELS
+from batchsim.operation import tell_all
 from batchsim.operations import HOST_PHASES
 from batchsim.profile import Profile
 from batchsim.records import Span
+from batchsim.request_log import RequestLog
 from batchsim.result import Run, ScheduleResult
-from batchsim.scenario import Scenario
+from batchsim.scenario import Scenario, check_requests, num_kv_blocks
 from batchsim.schedules import SCHEDULES
+from batchsim.served import Served
+from batchsim.workload import Requests
 from calibration.cells import Cell, read_samples
 from calibration.device import kv_room_bytes, prepare
 from calibration.executor import Decoder, Executor, build
@@ -41,12 +58,15 @@ class Bench:
         self.device = device
         self._decoder: Decoder | None = None
 
-    def executor(self, scenario: Scenario, profile: Profile) -> Executor:
+    def executor(self, scenario: Scenario, profile: Profile, requests: Requests) -> Executor:
         """An executor that serves `scenario`, and the probe of the host's speed."""
-        workload, block_size = scenario.workload, scenario.block_size
-        length, probe_length = max_tokens(workload.input_len, workload.output_len), PROBE_CONTEXT + PROBE_STEPS + 1
-        running = min(workload.num_prompts, scenario.max_num_seqs)
-        blocks = max(running * kv_blocks(length, block_size), PROBE_SEQS * kv_blocks(probe_length, block_size))
+        block_size = scenario.block_size
+        lengths = requests.prompt_tokens + requests.output_tokens + 1
+        length, probe_length = int(lengths.max()), PROBE_CONTEXT + PROBE_STEPS + 1
+        running = min(len(requests), scenario.max_num_seqs)
+        # Where not all that may run fits, they take turns, on the device as in the simulation.
+        most = min(running * kv_blocks(length, block_size), num_kv_blocks(scenario, profile.device_memory_bytes))
+        blocks = max(most, PROBE_SEQS * kv_blocks(probe_length, block_size))
         sizes = [curve.size for curve in profile.device.decode]
         decoder = self._decoder
         if not (
@@ -92,40 +112,53 @@ def validate(
     repeats: int = 3,
     progress: Progress | None = None,
     bench: Bench | None = None,
+    base: Path = Path(),
 ) -> tuple[Run, Run]:
     """(predicted, measured): simulate `scenario` at the costs of `profile`, and execute it on `device`.
 
-    Schedules are interleaved over `repeats`; of each the repeat with the median throughput counts. The profile's
-    host costs are scaled by the median of the speeds that this host showed before and after the repeats of both.
+    Schedules are interleaved over `repeats`; of each the repeat with the median throughput counts, or where requests
+    arrive at their own pace that with the median time from arrival to the last token. The profile's host costs are
+    scaled by the median of the speeds that this host showed before and after the repeats of both. A trace's path is
+    relative to `base`.
     """
+    if scenario.replicas > 1:
+        raise InputError(None, "replicas", f"{scenario.replicas}", "1: this machine is one replica")
     bench = bench or Bench(device)
-    executor = bench.executor(scenario, profile)
-    num_kv_blocks = executor.decoder.num_kv_blocks
-    warm = scenario.workload.model_copy(update={"output_len": min(scenario.workload.output_len, WARM_UP_TOKENS)})
+    requests = requests_of(scenario, base)
+    blocks = num_kv_blocks(scenario, profile.device_memory_bytes)
+    check_requests(scenario, requests, blocks)
+    executor = bench.executor(scenario, profile, requests)
+    blocks = min(blocks, executor.decoder.num_kv_blocks)
     for schedule in scenario.schedules:
-        executor.run(SCHEDULES[schedule](), batcher_of(scenario.model_copy(update={"workload": warm}), num_kv_blocks))
+        executor.run(SCHEDULES[schedule](), batcher_of(scenario, warm_up_of(requests, scenario.max_num_seqs), blocks))
     runs: dict[str, list[_Repeat]] = {name: [] for name in scenario.schedules}
     with QuietCore(move=device == "cuda") as core:
         for repeat in range(repeats):
             for position, schedule in enumerate(scenario.schedules):
                 core.settle()
                 before = host_speed(executor, profile, schedule)
-                batcher = batcher_of(scenario, num_kv_blocks)
-                metrics, window = Metrics(), Window(steady_step(scenario))
-                execution = executor.run(SCHEDULES[schedule](), batcher, observe=tell_all([metrics, window]))
+                batcher = batcher_of(scenario, requests, blocks)
+                metrics, window = Metrics(), Window(*window_of(scenario, requests))
+                log = RequestLog(warm_up_ns=round(scenario.warm_up_s * 1e9))
+                execution = executor.run(SCHEDULES[schedule](), batcher, observe=tell_all([metrics, window]), log=log)
                 after = host_speed(executor, profile, schedule)
-                result = metrics.result(schedule, execution.total_ns, batcher)
-                runs[schedule].append(_Repeat(result, window.spans(), (round(before, 4), round(after, 4))))
+                served = log.served(batcher, execution.total_ns)
+                result = metrics.result(schedule, execution.total_ns, batcher).with_requests(
+                    request_figures(served, slo_of(scenario), open_loop=is_open_loop(scenario))
+                )
+                runs[schedule].append(_Repeat(result, window.spans(), served, (round(before, 4), round(after, 4))))
                 if progress is not None:
                     progress((repeat + (position + 1) / len(scenario.schedules)) / repeats)
+    timed = is_open_loop(scenario)
     for repeated in runs.values():
-        repeated.sort(key=lambda run: run.result.throughput_tokens_per_s)
+        repeated.sort(key=lambda run: run.result.latency_ms["e2e"]["mean"] if timed else -run.result.total_s)
     middle = {schedule: repeated[len(repeated) // 2] for schedule, repeated in runs.items()}
     # Rounded as it is stored, so that what is stored gives the same prediction again.
     speed = round(median(speed for repeated in runs.values() for run in repeated for speed in run.host_speeds), 4)
-    simulated = predict(scenario, profile, speed)
+    simulated = predict(scenario, profile, speed, num_kv_blocks=blocks, base=base)
     facts = provenance(device, f"batchsim validate --device {device}") | {
         "host_speed": speed,
+        "num_kv_blocks": blocks,
         "repeats": {
             schedule: [
                 {"tokens_per_s": round(run.result.throughput_tokens_per_s, 1), "host_speeds": run.host_speeds}
@@ -140,15 +173,33 @@ def validate(
         scenario=simulated.scenario,
         results=with_gains({schedule: run.result for schedule, run in middle.items()}),
         windows={schedule: run.window for schedule, run in middle.items()},
+        served={schedule: run.served for schedule, run in middle.items()},
+        slo=slo_of(scenario),
         provenance=facts,
     )
     return simulated, executed
+
+
+def warm_up_of(requests: Requests, most: int) -> Requests:
+    """Some of the requests, all there at the start and of few tokens, to have run everything once."""
+    some = slice(0, most)
+    return replace(
+        requests,
+        arrival_ns=np.zeros_like(requests.arrival_ns[some]),
+        prompt_tokens=requests.prompt_tokens[some],
+        output_tokens=np.minimum(requests.output_tokens[some], WARM_UP_TOKENS),
+        priority=requests.priority[some],
+        hash_starts=requests.hash_starts[: most + 1],
+        max_concurrency=None,
+        closed=False,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Repeat:
     result: ScheduleResult
     window: tuple[Span, ...]
+    served: Served
     host_speeds: tuple[float, float]
 
 

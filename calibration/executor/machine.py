@@ -26,6 +26,7 @@ from batchsim.operations import (
     Update,
 )
 from batchsim.records import Lane, Observer, Span
+from batchsim.request_log import Decision, RequestLog
 from calibration.executor.buffers import Int64
 from calibration.executor.decoder import Decoder
 from calibration.executor.inputs import InputBuilder, Plan
@@ -33,13 +34,17 @@ from calibration.executor.streams import CpuStreams, CudaStreams, Streams
 
 OnTokens = Callable[[Int64, Int64], None]
 
+# A sleep may end that much late; the rest of the time until a request arrives, the host polls the clock.
+SLEEP_SLACK_NS = 200_000
+
 
 @dataclass(frozen=True, slots=True)
 class Execution:
     """What a run did: spans sorted by start, in nanoseconds since the run began.
 
-    The host spans tile `[0, total_ns)` without a hole. Device spans may end a little after it, by the error of the
-    clocks' alignment (microseconds). `tokens` maps each request to its tokens, if they were asked for.
+    The host spans tile `[0, total_ns)` without a hole; in `no_requests` the host waits for one to arrive. Device
+    spans may end a little after it, by the error of the clocks' alignment (microseconds). `tokens` maps each request
+    to its tokens, if they were asked for.
     """
 
     spans: list[Span]
@@ -76,19 +81,20 @@ class Executor:
 
     def run(
         self, program: Program, batcher: ContinuousBatcher, *, observe: Observer | None = None,
-        on_tokens: OnTokens | None = None, keep_tokens: bool = False,
+        on_tokens: OnTokens | None = None, keep_tokens: bool = False, log: RequestLog | None = None,
     ) -> Execution:  # fmt: skip
         """Drive `program` to its end. Warm the decoder up, and capture its graphs, before a run that counts.
 
-        `on_tokens` gets the request ids and tokens of each batch as its results are read (arrays that it may keep);
-        `observe` gets the spans, in order, after the run. Raises ValueError if a request does not fit the decoder or if
-        the batcher's blocks are not the decoder's.
+        Requests arrive as the clock passes their `arrival_ns`, counted from the start of the run. `on_tokens` gets the
+        request ids and tokens of each batch as its results are read (arrays that it may keep). After the run `observe`
+        gets the spans, in order, and `log` is told of decisions, made when their phase began, and updates. Raises
+        ValueError if a request does not fit the decoder or if the batcher's blocks are not the decoder's.
         """
         if batcher.block_size != self.decoder.block_size:
             raise ValueError(
                 f"block_size is {batcher.block_size} in the batcher, {self.decoder.block_size} in the decoder"
             )
-        run = _Run(self, batcher, on_tokens, {} if keep_tokens else None)
+        run = _Run(self, batcher, on_tokens, {} if keep_tokens else None, logs=log is not None)
         with torch.inference_mode(), _no_collection():
             self.streams.begin()
             try:
@@ -96,6 +102,8 @@ class Executor:
             finally:
                 self.streams.finish()
         spans = run.spans(start_ns)
+        if log is not None:
+            run.tell(log, start_ns)
         if observe:
             for span in spans:
                 observe(span)
@@ -107,39 +115,45 @@ class _Run:
 
     def __init__(
         self, executor: Executor, batcher: ContinuousBatcher, on_tokens: OnTokens | None,
-        tokens: dict[int, list[int]] | None,
+        tokens: dict[int, list[int]] | None, *, logs: bool,
     ) -> None:  # fmt: skip
         self.executor, self.batcher, self.on_tokens, self.tokens = executor, batcher, on_tokens, tokens
         self.decoder, self.streams, self.buffers = executor.decoder, executor.streams, executor.decoder.buffers
-        self.builder = InputBuilder(executor.decoder)
+        preempts = not batcher.reserve and batcher.pool.num_blocks is not None
+        self.builder = InputBuilder(executor.decoder, preempts=preempts)
         self.steps = 0
         self._plans: dict[int, Plan] = {}
         self._host: list[tuple[int, str, int, int]] = []
         self._forwards: list[tuple[int, str, int, int]] = []
         self._copies: list[tuple[int, Lane]] = []
-        self._handlers: dict[type, Callable[[Any], Batch | None]] = {
-            Schedule: self._schedule, BuildInputs: self._build_inputs, CopyIn: self._copy_in, Forward: self._forward,
-            CopyOut: self._copy_out, Record: self._record, StreamWait: self._stream_wait,
-            Synchronize: self._synchronize, Update: self._update,
+        # What a log is told, kept until the run has ended: that costs a step less than a microsecond.
+        self._logs = logs
+        self._decisions: list[Decision] = []
+        self._reads: list[Int64] = []
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            BuildInputs: self._build_inputs, CopyIn: self._copy_in, Forward: self._forward, CopyOut: self._copy_out,
+            Record: self._record, StreamWait: self._stream_wait, Synchronize: self._synchronize, Update: self._update,
         }  # fmt: skip
 
     def drive(self, program: Program) -> tuple[int, int]:
         """Carry out all operations; the moment of the start, and the nanoseconds it took."""
         handlers, host, clock = self._handlers, self._host, time.perf_counter_ns
-        value: Batch | None = None
+        answer: Batch | None = None
         step = -1
         start = now = clock()
         while True:
             try:
-                operation: Operation = program.send(value)
+                operation: Operation = program.send(answer)
             except StopIteration:
                 return start, now - start
-            value = handlers[type(operation)](operation)
-            batch = cast(Batch | None, getattr(operation, "batch", value))
-            if batch is not None:
-                step = batch.index
-            elif type(operation) is Schedule:
-                step = -1
+            if type(operation) is Schedule:
+                answer, now = self._decide(start, now)
+                step = -1 if answer is None else answer.index
+            else:
+                answer = None
+                handlers[type(operation)](operation)
+                if (batch := cast(Batch | None, getattr(operation, "batch", None))) is not None:
+                    step = batch.index
             then, now = now, clock()
             host.append((step, operation.phase, then, now))
 
@@ -155,10 +169,36 @@ class _Run:
             spans.append(Span(step, lane, lane, a - start_ns, b - start_ns))
         return sorted(spans, key=lambda span: (span.start_ns, span.end_ns))
 
-    def _schedule(self, _operation: Schedule) -> Batch | None:
-        batch = self.batcher.schedule()
-        self.steps += batch is not None
-        return batch
+    def tell(self, log: RequestLog, start_ns: int) -> None:
+        """Tell `log` of the run, in the order in which it went."""
+        decisions, reads = iter(self._decisions), iter(self._reads)
+        for step, phase, begin, end in self._host:
+            if phase == "schedule" and step >= 0:
+                log.decided(next(decisions), begin - start_ns)
+            elif phase == "update":
+                log.read(next(reads).tolist(), end - start_ns)
+            elif phase == "no_requests":
+                log.idle(begin - start_ns)
+
+    def _decide(self, start: int, now: int) -> tuple[Batch | None, int]:
+        """Ask the batcher; where there is nothing to run and nothing to read, wait for the next request.
+
+        Returns its batch, and when it was asked for that.
+        """
+        batcher, began = self.batcher, now
+        batch = batcher.schedule(now - start)
+        while batch is None and not self._plans and (arrival_ns := batcher.next_arrival_ns) is not None:
+            if start + arrival_ns <= now:
+                break  # it is held back by others, which will never end
+            now = _wait_until(start + arrival_ns)
+            batch = batcher.schedule(now - start)
+        if now > began:
+            self._host.append((-1, "no_requests", began, now))
+        if batch is not None:
+            self.steps += 1
+            if self._logs:
+                self._decisions.append(Decision.of(batch, batcher))
+        return batch, now
 
     def _build_inputs(self, operation: BuildInputs) -> None:
         previous = self._plans[operation.previous.index] if operation.previous else None
@@ -205,13 +245,25 @@ class _Run:
                 self.tokens.setdefault(request, []).append(token)
         if self.on_tokens:
             self.on_tokens(ids, tokens.copy())
+        if self._logs:
+            self._reads.append(ids)
         for request in self.batcher.update(batch):
             self.builder.retire(request)
 
 
+def _wait_until(deadline_ns: int) -> int:
+    """Return at `deadline_ns` of the clock, or a little later; the time then."""
+    clock = time.perf_counter_ns
+    if (early := deadline_ns - clock() - SLEEP_SLACK_NS) > 0:
+        time.sleep(early / 1e9)
+    while (now := clock()) < deadline_ns:
+        pass
+    return now
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector out of the run. A run makes no cycles, so nothing piles up meanwhile."""
+    """Keep the garbage collector out of the run. A run makes no cycles: what piles up is what it keeps."""
     enabled = gc.isenabled()
     gc.disable()
     try:
