@@ -11,6 +11,8 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet
+# Compiles the engine, which is kept, so that the first run does not have to.
+COMPILE := $(BIN)/python -c "from batchsim.iteration.engine import load; load()"
 
 .PHONY: run test check format bench schema clean
 
@@ -44,6 +46,7 @@ $(BIN)/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable .
+	$(COMPILE)
 	touch $@
 
 # The CPU build of torch is a tenth of the CUDA one, which only a machine with a GPU has a use for. Where it is not
@@ -51,6 +54,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	command -v nvidia-smi > /dev/null || $(INSTALL) --no-deps --retries 1 --timeout 15 --index-url $(TORCH_INDEX) torch || true
 	$(INSTALL) --editable '.[test]'
+	$(COMPILE)
 	touch $(VENV)/installed $@
 
 # The report's test opens it in Chromium; without one it is skipped. Only a container's root installs it.

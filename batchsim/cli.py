@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from batchsim.scenario import Scenario
 
     class Tell(Protocol):
-        def __call__(self, fraction: float, what: str = ...) -> None: ...
+        def __call__(self, fraction: float | None, what: str = ...) -> None: ...
 
 
 FAILED, REFUSED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -97,11 +98,28 @@ def run(
         with _blame(file), _progress(f"simulating {file.name}") as progress:
             from batchsim.engine import simulate
 
-            predicted = simulate(scenario, costs, progress=progress)
+            status = None if progress is None else partial(progress, None)
+            predicted = simulate(scenario, costs, progress=progress, status=status, base=file.parent)
+            interrupted = any(result.partial for result in predicted.results.values())
+            if out is not None and not interrupted:
+                from dataclasses import replace
+
+                from batchsim.load import load_curve
+
+                if status is not None:
+                    status("at other loads")
+                predicted = replace(predicted, load_curve=load_curve(scenario, costs, base=file.parent))
 
         from batchsim.result import run_json
 
-        _tell(run_json(predicted), predicted, None, out, as_json)
+        value = run_json(predicted)
+        _tell(value, predicted, None, out, as_json=False, quiet=as_json)
+        if as_json:
+            for name, result in predicted.results.items():
+                value["schedules"][name]["engine_s"] = result.engine_s
+            _print_json(value)
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 @app.command()
@@ -133,7 +151,9 @@ def validate(
         told = []
         for file, scenario, costs in inputs:
             with _blame(file), _progress(f"validating {file.name}") as progress:
-                predicted, measured = compare(scenario, costs, device, repeats=repeats, progress=progress, bench=bench)
+                predicted, measured = compare(
+                    scenario, costs, device, repeats=repeats, progress=progress, bench=bench, base=file.parent
+                )
             told.append(validation_json(predicted, measured))
             folder = out / file.stem if out is not None and len(files) > 1 else out
             _tell(told[-1], predicted, measured, folder, as_json=False, quiet=as_json)
@@ -286,8 +306,8 @@ def _progress(label: str) -> Iterator[Tell | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(label), total=1.0)
 
-        def tell(fraction: float, what: str = label) -> None:
-            bar.update(task, completed=fraction, description=escape(what))
+        def tell(fraction: float | None, what: str | None = None) -> None:
+            bar.update(task, completed=fraction, description=None if what is None else escape(what))
 
         yield tell
 
@@ -334,7 +354,13 @@ def _tell(
     write_json(out / "result.json", value)
     write_report(out / "report.html", predicted, measured)
     write_trace(out / "trace.json", [predicted] if measured is None else [predicted, measured])
-    typer.echo(f"wrote {out}: result.json, report.html, trace.json (open in https://ui.perfetto.dev)", err=True)
+    told = "result.json, report.html, trace.json (open in https://ui.perfetto.dev)"
+    if predicted.served:
+        from batchsim.requests_file import write_requests
+
+        write_requests(out / "requests.parquet", predicted.served)
+        told += ", requests.parquet"
+    typer.echo(f"wrote {out}: {told}", err=True)
 
 
 def _print_json(value: Any) -> None:

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import inf
+from pathlib import Path
 
-from batchsim import __version__
-from batchsim.batching.continuous import ContinuousBatcher, Request, uniform_requests
+from batchsim import __version__, workload
+from batchsim.batching.continuous import ContinuousBatcher
 from batchsim.costs import ProfileCosts
 from batchsim.errors import InputError, RunError
-from batchsim.machine import SimulatedMachine
-from batchsim.metrics import Metrics
+from batchsim.latency import Slo, request_figures
 from batchsim.model import MODELS
+from batchsim.operation import Limits, operate, stream
 from batchsim.profile import Profile
-from batchsim.records import Observer, Span
-from batchsim.result import Run, ScheduleResult
-from batchsim.scenario import Scenario, check_memory
+from batchsim.records import Span
+from batchsim.result import Run, ScheduleResult, over_replications
+from batchsim.scenario import Scenario, check_memory, check_requests
+from batchsim.scenario import num_kv_blocks as kv_blocks_of
 from batchsim.schedules import SCHEDULES, loop_name
+from batchsim.schedules.async_ import async_
+from batchsim.schedules.sync import sync
+from batchsim.served import Served
 from batchsim.tiles.level import TileLevel
 from batchsim.tiles.profile import TileProfile, load_tile_profile, tile_profile_of
+from batchsim.workload import Requests
+from batchsim.workload_scenario import FixedWorkload
 
 WINDOW_STEPS = 6
 
+Tell = Callable[[int, int, int], None]  # takes requests finished, of how many, and the time, nanoseconds
+
 
 class Window:
-    """An observer that keeps the spans of `WINDOW_STEPS` whole steps: those from `first_step` on, or else the last.
+    """An observer that keeps the spans of `WINDOW_STEPS` whole steps: those from `first_step` on, or else the last;
+    with `from_ns`, those from the first decision on that is no earlier.
 
     A step lasts from the host's decision of it to the next one; the spans are all that fall into that time, even in
     part. Spans may come as `Metrics` takes them.
     """
 
-    def __init__(self, first_step: int) -> None:
-        self._end = first_step + WINDOW_STEPS
+    def __init__(self, first_step: int, from_ns: int = 0) -> None:
+        self.first_step, self.from_ns = first_step, from_ns
+        self._end = None if from_ns else first_step + WINDOW_STEPS
         self._decisions: deque[int] = deque(maxlen=WINDOW_STEPS + 1)
         self._spans: deque[Span] = deque()
         self._closed = False
@@ -43,10 +56,13 @@ class Window:
             return
         spans, decisions = self._spans, self._decisions
         if span.stage == "schedule" and span.step >= 0:
-            if span.step <= self._end:
+            if self._end is None and span.start_ns >= self.from_ns:
+                self._end = span.step + WINDOW_STEPS
+            end = span.step if self._end is None else self._end
+            if span.step <= end:
                 decisions.append(span.start_ns)
             # By now all that began before the end of the window is over, and has been told of.
-            self._closed = span.step >= self._end + WINDOW_STEPS
+            self._closed = span.step >= end + WINDOW_STEPS
             while spans and spans[0].end_ns <= decisions[0]:
                 spans.popleft()
         spans.append(span)
@@ -61,34 +77,60 @@ class Window:
         return tuple(sorted(inside, key=lambda span: (span.start_ns, span.end_ns)))
 
 
-def requests_of(scenario: Scenario) -> list[Request]:
-    """The requests of a scenario, all present at the start."""
-    workload = scenario.workload
-    return list(uniform_requests(workload.num_prompts, workload.input_len, workload.output_len))
-
-
-def batcher_of(scenario: Scenario, num_kv_blocks: int | None = None) -> ContinuousBatcher:
-    """A fresh batcher with the requests of a scenario."""
-    return ContinuousBatcher(
-        requests_of(scenario),
+def limits_of(scenario: Scenario, num_kv_blocks: int | None) -> Limits:
+    """What bounds the batches of a scenario's replicas, with so many KV blocks each."""
+    return Limits(
         max_num_seqs=scenario.max_num_seqs,
         max_num_batched_tokens=scenario.max_num_batched_tokens,
         block_size=scenario.block_size,
         num_kv_blocks=num_kv_blocks,
+        chunked_prefill=scenario.chunked_prefill,
+        reserve=scenario.preemption == "none",
+        by_priority=scenario.scheduling_policy == "priority",
+        prefix_caching=scenario.prefix_caching,
+        replicas=scenario.replicas,
+        router=scenario.router,
     )
 
 
-def steady_step(scenario: Scenario) -> int:
-    """A step in the middle of the first generation of requests: prompts are through, none has finished."""
-    workload = scenario.workload
-    running = min(workload.num_prompts, scenario.max_num_seqs)
-    return running * workload.input_len // scenario.max_num_batched_tokens + workload.output_len // 2
+def requests_of(scenario: Scenario, base: Path = Path()) -> Requests:
+    """The requests of a scenario; a trace's path is relative to `base`."""
+    return workload.requests_of(scenario.workload, seed=scenario.seed, replication=scenario.replication, base=base)
 
 
-def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float], None] | None = None) -> Run:
+def batcher_of(scenario: Scenario, requests: Requests, num_kv_blocks: int | None = None) -> ContinuousBatcher:
+    """A fresh batcher with the requests of a scenario, for one replica."""
+    limits = limits_of(scenario, num_kv_blocks)
+    return limits.batcher(stream(requests, limits), requests)
+
+
+def window_of(scenario: Scenario, requests: Requests) -> tuple[int, int]:
+    """From which step and time on a steady window is looked for.
+
+    Of equal requests there from the start: in the middle of the first generation, when prompts are through and none has
+    finished. Else when half of the requests have arrived.
+    """
+    asked = scenario.workload
+    if scenario.all_at_once and isinstance(asked, FixedWorkload):
+        running = min(asked.num_prompts, scenario.max_num_seqs)
+        return running * asked.input_len // scenario.max_num_batched_tokens + asked.output_len // 2, 0
+    return 0, int(requests.arrival_ns[len(requests) // 2])
+
+
+def simulate(
+    scenario: Scenario,
+    profile: Profile,
+    *,
+    progress: Callable[[float], None] | None = None,
+    status: Callable[[str], None] | None = None,
+    base: Path = Path(),
+    num_kv_blocks: int | None = None,
+) -> Run:
     """Simulate every schedule of `scenario` at the costs of `profile`.
 
-    `progress` is told the fraction of all output tokens done.
+    `progress` is told the fraction done, and `status` in words at what. A trace's path is relative to `base`;
+    `num_kv_blocks` takes the place of what the scenario says of the KV cache's size. Interrupted by Ctrl-C at the
+    iteration level, the run so far is returned and says so.
 
     Raises:
         InputError: the scenario cannot run on the profile's machine.
@@ -97,14 +139,69 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
     if profile.model != scenario.model:
         raise InputError(None, "profile", f"{profile.name}, measured for {profile.model}", f"one for {scenario.model}")
     check_memory(scenario, profile.device_memory_bytes)
-    tiles = tile_level_of(scenario, profile)
-    results: dict[str, ScheduleResult] = {}
+    if num_kv_blocks is None:
+        num_kv_blocks = kv_blocks_of(scenario, profile.device_memory_bytes)
+    limits, tiles = limits_of(scenario, num_kv_blocks), tile_level_of(scenario, profile)
+    slo = slo_of(scenario)
+    repeated: dict[str, list[ScheduleResult]] = {name: [] for name in scenario.schedules}
     windows: dict[str, tuple[Span, ...]] = {}
-    for position, schedule in enumerate(scenario.schedules):
-        loop = loop_name(schedule, graphs=scenario.cuda_graphs)
-        if loop not in profile.loops:
-            raise RunError(f"profile {profile.name} holds no costs for {loop}; it has {', '.join(profile.loops)}")
-        costs = ProfileCosts(
+    served: dict[str, Served] = {}
+    total = len(scenario.schedules) * scenario.replications
+    if status is not None:
+        status("loading the compiled engine (the first time, this takes some seconds)")
+    for number in range(scenario.replications):
+        repetition = scenario.model_copy(update={"replication": scenario.replication + number})
+        requests = requests_of(repetition, base)
+        check_requests(scenario, requests, num_kv_blocks)
+        for position, schedule in enumerate(scenario.schedules):
+            tell = _scaled(progress, status, number * len(scenario.schedules) + position, total, schedule)
+            found = _serve(repetition, profile, schedule, requests, limits, tiles, tell)
+            result = found.result.with_requests(request_figures(found.served, slo, open_loop=is_open_loop(scenario)))
+            if requests.dropped:
+                warnings = (
+                    *result.warnings,
+                    f"{requests.dropped:,} requests of the trace have no tokens and were dropped",
+                )
+                result = replace(result, warnings=warnings)
+            if tell is not None:
+                tell(result.counts["requests"], len(requests), round(result.total_s * 1e9))
+            repeated[schedule].append(result)
+            if number == 0:
+                windows[schedule], served[schedule] = found.window, found.served
+            if result.partial is not None:
+                break
+        else:
+            continue
+        break
+    results = {name: over_replications(each) for name, each in repeated.items() if each}
+    return Run(
+        source="simulated",
+        scenario=scenario.model_dump(mode="json"),
+        results=with_gains(results),
+        windows=windows,
+        provenance={"batchsim": __version__, "profile": profile.name, **profile.provenance},
+        served=served,
+        slo=slo,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    result: ScheduleResult
+    served: Served
+    window: tuple[Span, ...]
+
+
+def _serve(
+    scenario: Scenario, profile: Profile, schedule: str, requests: Requests, limits: Limits, tiles: TileLevel | None,
+    tell: Tell | None,
+) -> _Found:  # fmt: skip
+    """One schedule, once. `tell` takes the requests finished, of how many, and the time, nanoseconds."""
+    loop = loop_name(schedule, graphs=scenario.cuda_graphs)
+    if loop not in profile.loops:
+        raise RunError(f"profile {profile.name} holds no costs for {loop}; it has {', '.join(profile.loops)}")
+    costs = [
+        ProfileCosts(
             profile,
             schedule,
             graphs=scenario.cuda_graphs,
@@ -112,36 +209,91 @@ def simulate(scenario: Scenario, profile: Profile, *, progress: Callable[[float]
             jitter=scenario.jitter,
             seed=scenario.seed,
             replication=scenario.replication,
+            replica=replica,
             tiles=tiles,
         )
-        batcher = batcher_of(scenario)
-        metrics, window = Metrics(), Window(steady_step(scenario))
-        observers: list[Observer] = [metrics, window]
-        if progress is not None:
-            observers.append(_reporter(progress, batcher, scenario, position))
-        machine = SimulatedMachine(
-            batcher,
-            costs,
-            tell_all(observers),
-            host_threads=scenario.host_threads,
-            launch_queue_depth=scenario.launch_queue_depth,
+        for replica in range(limits.replicas)
+    ]
+    window = Window(*window_of(scenario, requests))
+    warm_up_ns = round(scenario.warm_up_s * 1e9)
+    if scenario.level == "iteration" and _compiled(scenario, profile, schedule):
+        from batchsim.iteration.engine import Iterations, load
+
+        load()
+        # A little before the window, to know what reaches into it.
+        opens = max(window.first_step - 2 * WINDOW_STEPS, 0), window.from_ns
+        began = time.perf_counter()
+        run = Iterations(
+            requests, costs, limits, asynchronous=SCHEDULES[schedule] is async_, warm_up_ns=warm_up_ns, window=opens
         )
-        total_ns = machine.run(SCHEDULES[schedule]())
-        result = metrics.result(schedule, total_ns, batcher)
-        warnings = costs.extrapolated()
-        if schedule == "tile" and tiles is None:
-            warnings.append(f"no tile profile of {profile.provenance.get('device')}; its forwards run as under async")
-        elif schedule == "tile" and tiles is not None and not tiles.known:
-            warnings.append(f"{tiles.profile.name} knows no MLP of {scenario.model}; its forwards run as under async")
-        results[schedule] = replace(result, warnings=tuple(f"{schedule}: {what}" for what in warnings))
-        windows[schedule] = window.spans()
-    return Run(
-        source="simulated",
-        scenario=scenario.model_dump(mode="json"),
-        results=with_gains(results),
-        windows=windows,
-        provenance={"batchsim": __version__, "profile": profile.name, **profile.provenance},
-    )
+        whole = run.run(None if tell is None else lambda finished, now: tell(finished, len(requests), now))
+        counts, partial = run.counts, None
+        if not whole:
+            partial = f"interrupted after {counts['requests']:,} of {len(requests):,} requests"
+            if not counts["requests"]:
+                raise KeyboardInterrupt
+        result, served, work = run.totals().result(schedule, counts), run.served(), run.work
+        for span in run.spans():
+            window(span)
+        run.note_extrapolations()
+        result = replace(result, partial=partial)
+    else:
+        began = time.perf_counter()
+        told = operate(
+            requests, costs, limits, schedule, observe=window, host_threads=scenario.host_threads,
+            launch_queue_depth=scenario.launch_queue_depth, warm_up_ns=warm_up_ns, tell=tell,
+        )  # fmt: skip
+        result, served = told.totals.result(schedule, told.counts), told.served
+        work = {"iterations": told.iterations, "decisions": told.iterations, "events": told.events}
+    engine_s = time.perf_counter() - began
+    warnings = [what for each in costs for what in each.extrapolated()]
+    if schedule == "tile" and tiles is None:
+        warnings.append(f"no tile profile of {profile.provenance.get('device')}; its forwards run as under async")
+    elif schedule == "tile" and tiles is not None and not tiles.known:
+        warnings.append(f"{tiles.profile.name} knows no MLP of {scenario.model}; its forwards run as under async")
+    told_once = tuple(dict.fromkeys(f"{schedule}: {what}" for what in warnings))
+    result = replace(
+        result, engine_s=engine_s, warnings=told_once, iterations=work["iterations"], decisions=work["decisions"],
+        events=work["events"],
+    )  # fmt: skip
+    return _Found(result, served, window.spans())
+
+
+def _compiled(scenario: Scenario, profile: Profile, schedule: str) -> bool:
+    """Whether the iteration level is there and knows such runs: no launch is ever held up by a full queue."""
+    if find_spec("numba") is None:
+        return False
+    kernels = profile.kernels
+    launches = kernels.first + kernels.layers * (kernels.per_layer + 1) + kernels.last
+    return SCHEDULES[schedule] in (sync, async_) and 2 * (launches + 2) <= scenario.launch_queue_depth
+
+
+def slo_of(scenario: Scenario) -> Slo | None:
+    """The objectives that a scenario's requests are held to."""
+    return None if scenario.slo is None else Slo(**scenario.slo.model_dump())
+
+
+def is_open_loop(scenario: Scenario) -> bool:
+    """Whether requests arrive at times of their own, whatever becomes of those before them."""
+    asked = scenario.workload
+    return asked.max_concurrency is None and not scenario.all_at_once
+
+
+def _scaled(
+    progress: Callable[[float], None] | None, status: Callable[[str], None] | None, position: int, total: int,
+    schedule: str,
+) -> Tell | None:  # fmt: skip
+    """What one of `total` runs tells of itself, as `progress` and `status` take it."""
+    if progress is None and status is None:
+        return None
+
+    def tell(finished: int, requests: int, now_ns: int) -> None:
+        if status is not None:
+            status(f"{schedule}: {finished:,} of {requests:,} requests, {now_ns / 1e9:,.0f} s simulated")
+        if progress is not None:
+            progress((position + finished / requests) / total)
+
+    return tell
 
 
 def tile_level_of(scenario: Scenario, profile: Profile) -> TileLevel | None:
@@ -164,26 +316,3 @@ def with_gains(results: dict[str, ScheduleResult]) -> dict[str, ScheduleResult]:
         name: replace(result, gain_over_sync=result.throughput_tokens_per_s / base - 1)
         for name, result in results.items()
     }
-
-
-def tell_all(observers: Sequence[Observer]) -> Observer:
-    """One observer that tells each of `observers`."""
-
-    def observe(span: Span) -> None:
-        for observer in observers:
-            observer(span)
-
-    return observe
-
-
-def _reporter(
-    progress: Callable[[float], None], batcher: ContinuousBatcher, scenario: Scenario, position: int
-) -> Observer:
-    workload = scenario.workload
-    tokens = workload.num_prompts * workload.output_len
-
-    def observe(span: Span) -> None:
-        if span.stage == "update" and span.step % 64 == 0:
-            progress((position + batcher.output_tokens / tokens) / len(scenario.schedules))
-
-    return observe

@@ -25,8 +25,8 @@ def load_curve(
 ) -> LoadCurve | None:
     """Every schedule of an open-loop scenario at growing constant rates of arrival; None for others.
 
-    All schedules are run at the same rates: shares of what the fastest of them serves when all requests are there.
-    A trace is replayed faster or slower instead.
+    All schedules are run at the same rates: shares of what the fastest of them serves when all requests are there. A
+    trace is replayed faster or slower instead.
     """
     if not is_open_loop(scenario):
         return None

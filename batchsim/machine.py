@@ -147,7 +147,7 @@ class SimulatedMachine:
         env, batcher = self.env, self.batcher
         batch = batcher.schedule(env.now)
         start = env.now
-        while batch is None and not self._in_flight and (self.expects_more or batcher.next_arrival_ns is not None):
+        while batch is None and not self._in_flight and (self.expects_more or (batcher.next_arrival_ns or 0) > env.now):
             yield from self._await_request()
             batch = batcher.schedule(env.now)
         if env.now > start:

@@ -97,9 +97,12 @@ class Refusals:
             case "union_tag_not_found" | "union_tag_invalid":
                 # The kind is missing or wrong: nothing else in the mapping can be judged.
                 kind = detail["input"].get("kind")
-                path = (*path, "kind")
                 found = shown(kind) if "kind" in detail["input"] else "nothing"
                 wanted = choice(kind, list(_branches(schema)))
+                if found == "nothing" and (typo := self._misspelt_kind(schema, detail["input"])):
+                    found, wanted, path = "an unknown key", key_text((*path, "kind")), (*path, typo)
+                else:
+                    path = (*path, "kind")
             case _:
                 found, wanted = shown(detail["input"]), self._wanted(schema, detail["input"])
         for override in reversed(overrides):
@@ -123,6 +126,11 @@ class Refusals:
         if guess := nearest(word, self._places):
             return "an unknown key", self._places[guess]
         return "an unknown key", one_of(here)
+
+    def _misspelt_kind(self, schema: dict[str, Any], mapping: Mapping[str, Any]) -> str | None:
+        """The key of `mapping`, which lacks a kind, that was meant to be it."""
+        known = {key for branch in _branches(schema).values() for key in self._plain(branch)["properties"]}
+        return next((key for key in mapping if key not in known and nearest(key, sorted(known)) == "kind"), None)
 
     def _leaves(self, schema: dict[str, Any], path: KeyPath) -> Iterator[KeyPath]:
         """The paths of all keys that a file may hold below `path`, those in lists without their numbers."""
@@ -183,11 +191,22 @@ class Refusals:
         if branches := _branches(schema):
             return f"a mapping with kind: {one_of(list(branches))}"
         if "anyOf" in schema:
-            single = self._wanted(schema["anyOf"][0])
-            return single if single.startswith("a mapping") else f"{single}, or a list of such"
+            options = [option for option in schema["anyOf"] if option.get("type") != "null"]
+            listed = [option["items"] for option in options if "items" in option]
+            return one_of(
+                [
+                    self._wanted(option) + (", or a list of such" if option in listed else "")
+                    for option in options
+                    if option.get("items") not in options
+                ]
+            )
         match schema.get("type"):
+            case "integer" if "minimum" not in schema:
+                return "an integer"
             case "integer":
                 return f"an integer from {schema['minimum']} to {schema['maximum']}"
+            case "number" if "exclusiveMinimum" in schema:
+                return f"a number above {schema['exclusiveMinimum']:g} and at most {schema['maximum']:g}"
             case "number":
                 return f"a number from {schema['minimum']:g} to {schema['maximum']:g}"
             case "boolean":

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from batchsim.latency import LATENCIES, RequestFigures, Slo, intervals
 from batchsim.records import Span
+from batchsim.served import Served
 
 SCHEMA_VERSION = 1
 
 # Printed beside the figures; one definition for simulation and execution.
 DEFINITIONS = {
     "throughput_tokens_per_s": "output tokens that requests asked for, over total_s",
-    "total_s": "from the first scheduling decision to the last update, all requests present at the start",
-    "step_ms": "host time between the ends of consecutive updates",
+    "total_s": "from the start of the run, at which the first request may arrive, to the last update",
+    "step_ms": "host time between the ends of consecutive updates, without waiting for requests",
     "device_busy_fraction": "share of total_s in which a forward has begun on the device and not ended",
     "launch_gap_fraction": "share of total_s inside a forward in which the device waits for the next kernel launch",
-    "host_busy_fraction": "share of total_s in which the host is not blocked waiting for the device",
+    "host_busy_fraction": "share of total_s in which the host waits neither for the device nor for requests",
     "idle_ns": "device time outside any forward, by the stage that it waited for; sums to total - busy",
     "gain_over_sync": "throughput over that of the sync schedule, minus one",
+    "stage_ms": "mean time of a host phase or a copy a step, and of a forward a step of its kind",
+    "counts": "requests finished, steps, and tokens",
+    "latency_ms": "of requests that arrived after the warm-up; quantiles are linear between order statistics",
+    "latency_ms.ttft": "time to first token: from the intended arrival to the end of the update that reads it",
+    "latency_ms.tpot": "time per output token of a request of n > 1: (last token - first token) / (n - 1)",
+    "latency_ms.itl": "inter-token latency: every gap between a request's consecutive tokens, pooled",
+    "latency_ms.e2e": "from the intended arrival to the end of the update that reads the last token",
+    "latency_ms.queue": "from the intended arrival to the decision that first puts the request into a batch",
+    "throughput_requests_per_s": "requests that finished after the warm-up, over the time from then to the end",
+    "goodput_requests_per_s": "as throughput_requests_per_s, of requests that met all their SLOs",
+    "slo_attainment": "share of the finished requests, of those that latency_ms counts, that met all their SLOs",
+    "batch_size": "requests in a batch, over all steps",
+    "kv_use": "share of the KV cache's blocks in use after decisions, over time, at the moments that are kept",
+    "waiting": "requests that have arrived and were never in a batch, over the time after the warm-up",
+    "unstable": "said where the queue grows for as long as requests arrive, by more than chance explains",
+    "partial": "said where the run was interrupted: its figures are of what had happened by then",
+    "engine_s": "wall time that simulating this schedule took",
+    "iterations": "batch steps",
+    "decisions": "steps at which the batch changed: a request was admitted, finished or preempted, a chunk of a "
+    "prompt ended, or an arrival woke an idle loop",
+    "events": "what the event loop handled one by one",
+    "interval": "half width of the 95% Student-t interval of the mean over replications, by figure",
 }
+
+_SHARES = ("gain_over_sync", "slo_attainment", "kv_use.mean", "kv_use.max")
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleResult:
-    """Metrics of one schedule; keys and meanings as in DEFINITIONS.
-
-    `stage_ms` is the mean time a step spends in each host phase, in each copy, in `decode` and `prefill`
-    forwards (mean over the steps of that kind); `counts` are requests, steps and tokens.
-    """
+    """Metrics of one schedule; keys and meanings as in DEFINITIONS. What was not recorded is None or empty."""
 
     schedule: str
     throughput_tokens_per_s: float
@@ -42,9 +65,66 @@ class ScheduleResult:
     counts: dict[str, int]
     gain_over_sync: float | None = None
     warnings: tuple[str, ...] = field(default=())
+    latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+    throughput_requests_per_s: float | None = None
+    goodput_requests_per_s: float | None = None
+    slo_attainment: float | None = None
+    batch_size: dict[str, float] = field(default_factory=dict)
+    kv_use: dict[str, float] = field(default_factory=dict)
+    waiting: dict[str, float] = field(default_factory=dict)
+    unstable: str | None = None
+    partial: str | None = None
+    engine_s: float | None = field(default=None, compare=False)
+    iterations: int | None = field(default=None, compare=False)
+    decisions: int | None = field(default=None, compare=False)
+    events: int | None = field(default=None, compare=False)
+    interval: dict[str, float] = field(default_factory=dict)
+
+    def with_requests(self, found: RequestFigures) -> ScheduleResult:
+        """This result with the figures of its requests."""
+        return replace(self, **{each.name: getattr(found, each.name) for each in fields(found)})
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What is the same for the same seed: all but `engine_s`."""
+        return {key: value for key, value in asdict(self).items() if key != "engine_s"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPoint:
+    """What a schedule reaches when so many requests a second arrive; None where no request has such a latency."""
+
+    offered_requests_per_s: float
+    throughput_tokens_per_s: float
+    ttft_p50_ms: float | None
+    ttft_p99_ms: float | None
+    tpot_p50_ms: float | None
+    e2e_p50_ms: float | None
+    e2e_p99_ms: float | None
+    unstable: bool
+
+    @classmethod
+    def of(cls, offered_requests_per_s: float, result: ScheduleResult) -> LoadPoint:
+        latency = {name: result.latency_ms.get(name, {}) for name in LATENCIES}
+        return cls(
+            offered_requests_per_s=offered_requests_per_s,
+            throughput_tokens_per_s=result.throughput_tokens_per_s,
+            ttft_p50_ms=latency["ttft"].get("p50"),
+            ttft_p99_ms=latency["ttft"].get("p99"),
+            tpot_p50_ms=latency["tpot"].get("p50"),
+            e2e_p50_ms=latency["e2e"].get("p50"),
+            e2e_p99_ms=latency["e2e"].get("p99"),
+            unstable=result.unstable is not None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCurve:
+    """One workload at growing rates of arrival: for each schedule its points, the lowest rate first."""
+
+    points: dict[str, tuple[LoadPoint, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: [asdict(point) for point in points] for name, points in self.points.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +132,8 @@ class Run:
     """One scenario under one or more schedules, on one machine.
 
     `windows` holds, for each schedule, the spans of a steady window of a few steps, for timelines. `provenance`
-    says where the costs (simulated) or the times (executed) come from: profile, device, driver, versions.
+    says where the costs (simulated) or the times (executed) come from: profile, device, driver, versions. `served`
+    holds the requests of each schedule (of several replications, the first's), `slo` the objectives they were held to.
     """
 
     source: Literal["simulated", "executed"]
@@ -60,6 +141,9 @@ class Run:
     results: dict[str, ScheduleResult]
     windows: dict[str, tuple[Span, ...]]
     provenance: dict[str, Any]
+    served: dict[str, Served] = field(default_factory=dict)
+    slo: Slo | None = None
+    load_curve: LoadCurve | None = None
 
 
 def figures(result: ScheduleResult) -> dict[str, float]:
@@ -73,14 +157,53 @@ def figures(result: ScheduleResult) -> dict[str, float]:
         "launch_gap_fraction": result.launch_gap_fraction,
         "host_busy_fraction": result.host_busy_fraction,
         **{f"stage_ms.{stage}": value for stage, value in result.stage_ms.items()},
+        **{
+            f"latency_ms.{name}.{statistic}": value
+            for name, statistics in result.latency_ms.items()
+            for statistic, value in statistics.items()
+        },
+        "throughput_requests_per_s": result.throughput_requests_per_s,
+        "goodput_requests_per_s": result.goodput_requests_per_s,
+        "slo_attainment": result.slo_attainment,
+        **{f"batch_size.{statistic}": value for statistic, value in result.batch_size.items()},
+        **{f"kv_use.{statistic}": value for statistic, value in result.kv_use.items()},
+        **{f"waiting.{statistic}": value for statistic, value in result.waiting.items()},
     }
     return {key: value for key, value in flat.items() if value is not None}
+
+
+def over_replications(results: Sequence[ScheduleResult]) -> ScheduleResult:
+    """The first of `results`, its figures and idle time replaced by means over all, with `interval`.
+
+    What else there is (counts, the engine's own) stays as it is in the first; warnings are of all, and it is unstable
+    where most are. A figure that not all have stays as well, without an interval.
+    """
+    found = intervals([figures(result) for result in results])
+    if not found:
+        return results[0]
+
+    def mean(prefix: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: mean(f"{prefix}.{key}", each) for key, each in value.items()}
+        return found[prefix][0] if prefix in found else value
+
+    first = results[0]
+    unstable = [result.unstable for result in results if result.unstable is not None]
+    means = {each.name: mean(each.name, getattr(first, each.name)) for each in fields(first)}
+    stages = dict.fromkeys(stage for result in results for stage in result.idle_ns)
+    means["idle_ns"] = {
+        stage: round(sum(result.idle_ns.get(stage, 0) for result in results) / len(results)) for stage in stages
+    }
+    means["interval"] = {key: width for key, (_, width) in found.items()}
+    means["warnings"] = tuple(dict.fromkeys(text for result in results for text in result.warnings))
+    means["unstable"] = unstable[0] if 2 * len(unstable) > len(results) else None
+    return ScheduleResult(**means)
 
 
 def errors(predicted: ScheduleResult, measured: ScheduleResult) -> dict[str, float]:
     """Signed errors of a prediction, by the keys of `figures`; a figure that either side lacks has none.
 
-    Shares of time and gains: predicted - measured, in percentage points. All others: predicted / measured - 1
+    Shares and gains: predicted - measured, in percentage points. All others: predicted / measured - 1
     (none where zero was measured and something else predicted).
     """
     found = figures(predicted)
@@ -105,7 +228,7 @@ def occurrence(result: ScheduleResult, stage: str) -> float:
 
 def in_points(key: str) -> bool:
     """Whether the error of this figure is given in percentage points."""
-    return key.endswith("_fraction") or key == "gain_over_sync"
+    return key.endswith("_fraction") or key in _SHARES
 
 
 def run_json(run: Run) -> dict[str, Any]:
@@ -115,6 +238,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "scenario": run.scenario,
         "profile": run.provenance["profile"],
         "schedules": _results_json(run),
+        **({"load_curve": run.load_curve.to_json()} if run.load_curve is not None else {}),
         "provenance": run.provenance,
     }
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
 from batchsim import fields, yaml_loader
 from batchsim.batching.continuous import kv_blocks, max_tokens
 from batchsim.errors import InputError, shown
-from batchsim.fields import Count, Model, Text, key_of
+from batchsim.fields import Model, Text, key_of
 from batchsim.model import MODELS
 from batchsim.refusal import Override, Refusals, refused
+from batchsim.router import ROUTERS
 from batchsim.schedules import SCHEDULES
+from batchsim.workload_scenario import FixedWorkload as FixedWorkload
+from batchsim.workload_scenario import Workload
 
-# Keys of workloads with an arrival process, which this version does not have.
-ARRIVAL_KEYS = frozenset({"request_rate", "burstiness", "max_concurrency"})
+if TYPE_CHECKING:
+    from batchsim.workload import Requests
 
 
 def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -35,23 +38,24 @@ def _power_of_two(value: int) -> int:
 
 
 ModelName = Annotated[str, AfterValidator(key_of(MODELS)), Field(json_schema_extra={"enum": list(MODELS)})]
+RouterName = Annotated[
+    str, AfterValidator(key_of(dict.fromkeys(ROUTERS))), Field(json_schema_extra={"enum": list(ROUTERS)})
+]
 ScheduleName = Annotated[str, AfterValidator(key_of(SCHEDULES)), Field(json_schema_extra={"enum": list(SCHEDULES)})]
 
 
-class FixedWorkload(Model):
-    """Equal requests, all present at the start."""
-
-    kind: Literal["fixed"]
-    num_prompts: Count
-    """Requests in all."""
-    input_len: Count
-    """Prompt tokens of each request."""
-    output_len: Count
-    """Tokens that each request is continued by."""
+Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
-# Workloads with arrivals join this as further kinds: Annotated[FixedWorkload | ..., Field(discriminator="kind")].
-Workload = FixedWorkload
+class Objectives(Model):
+    """Service level objectives: what a request has to meet to count as good."""
+
+    ttft_ms: Milliseconds | None = None
+    """Time to first token at most, milliseconds."""
+    tpot_ms: Milliseconds | None = None
+    """Mean time per output token after the first at most, milliseconds."""
+    e2e_ms: Milliseconds | None = None
+    """Time from arrival to the last token at most, milliseconds."""
 
 
 class Scenario(Model):
@@ -71,7 +75,7 @@ class Scenario(Model):
     tile_profile: Text | None = None
     """For the tile schedule, measured costs of tiles: a shipped name or a path; without it those of the same device."""
     workload: Workload
-    """The requests."""
+    """The requests, and when they arrive."""
     schedules: Annotated[tuple[ScheduleName, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)] = (
         "sync",
         "async",
@@ -83,8 +87,25 @@ class Scenario(Model):
     """Requests in one batch at most."""
     max_num_batched_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 8192
     """Tokens in one batch at most; longer prompts are split. At least max_num_seqs."""
+    chunked_prefill: bool = True
+    """Split prompts over batches as the tokens of a batch allow; false: each prompt is computed in one batch."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """Which waiting request goes first: the one that came first, or the one with the lowest priority value."""
     block_size: Annotated[int, Field(ge=16, le=65_536), AfterValidator(_power_of_two)] = 16
     """Tokens in one block of the KV cache: a power of two."""
+    kv_cache_bytes: Annotated[int, Field(ge=1, le=10**15)] | None = None
+    """Size of the KV cache; without it, what the weights leave of the device's memory."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Share of the device's memory for weights and KV cache together, in place of kv_cache_bytes."""
+    preemption: Literal["recompute", "none"] = "recompute"
+    """When the KV cache is full: take the blocks of the request that came last and compute it anew later; or none,
+    and reserve each request's blocks for its whole length when it is admitted."""
+    prefix_caching: bool = False
+    """Keep the blocks of prompts, and compute none again that is still there."""
+    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Copies of the model, each with a device and a host loop of its own."""
+    router: RouterName = "round_robin"
+    """Which replica serves a request: each in turn, the one with the fewest unfinished, or one that has its prefix."""
     host_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Host threads that may run at once; 1: one Python interpreter."""
     host_speed: Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)] = 1.0
@@ -95,8 +116,16 @@ class Scenario(Model):
     """Draw host costs from their measured distributions; false: use their means."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of all random draws."""
-    replication: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    replication: Annotated[int, Field(ge=0, le=2**30)] = 0
     """Which of many independent repetitions under the same seed."""
+    replications: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Repetitions from that one on; figures are then their means, with intervals."""
+    warm_up_s: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
+    """Seconds at the start whose arrivals and tokens do not count in latencies and in rates of requests."""
+    slo: Objectives | None = None
+    """What a request has to meet to count towards goodput."""
+    level: Literal["iteration", "operation"] = "iteration"
+    """How finely to simulate, with the same results to the nanosecond; operation: an event for every host call."""
 
     @model_validator(mode="after")
     def _decodes_fit(self) -> Self:
@@ -107,6 +136,23 @@ class Scenario(Model):
                 "max_num_batched_tokens",
             )
         return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kv_cache_bytes is not None and self.gpu_memory_utilization is not None:
+            raise refused("gpu_memory_utilization beside kv_cache_bytes", "one of the two", "gpu_memory_utilization")
+        if self.replicas > 1 and self.workload.max_concurrency is not None:
+            wanted = "1, or a workload without max_concurrency: clients are not held back across replicas"
+            raise refused(f"{self.replicas} with max_concurrency", wanted, "replicas")
+        return self
+
+    @property
+    def all_at_once(self) -> bool:
+        """Whether equal requests are all there at the start."""
+        workload = self.workload
+        return (
+            isinstance(workload, FixedWorkload) and workload.request_rate is None and workload.max_concurrency is None
+        )
 
 
 def load(path: Path | str, sets: Iterable[str | Override] = ()) -> Scenario:
@@ -132,30 +178,87 @@ def scenario_json_schema() -> dict[str, Any]:
     return {**fields.DRAFT, **every.json_schema(), "title": "BatchSim scenario"}
 
 
+def num_kv_blocks(scenario: Scenario, device_memory_bytes: int) -> int:
+    """Blocks of each replica's KV cache.
+
+    Raises:
+        InputError: without a file; `InputError.within` adds it. The weights alone exceed the device, or nothing is left
+            for the cache.
+    """
+    model = MODELS[scenario.model]
+    device, block = f"the device's {_gb(device_memory_bytes)}", scenario.block_size * model.kv_bytes_per_token
+    if model.weight_bytes > device_memory_bytes:
+        found = f"{model.name} with {_gb(model.weight_bytes)} of weights"
+        raise InputError(None, "model", found, f"a model that fits {device}")
+    left = device_memory_bytes - model.weight_bytes
+    key, room = "model", left
+    if scenario.kv_cache_bytes is not None:
+        key, room = "kv_cache_bytes", scenario.kv_cache_bytes
+        if room > left:
+            wanted = f"at most {left:,}: {_gb(left)} are left of {device} beside {_gb(model.weight_bytes)} of weights"
+            raise InputError(None, key, f"{room:,}", wanted)
+    elif scenario.gpu_memory_utilization is not None:
+        key = "gpu_memory_utilization"
+        room = int(device_memory_bytes * scenario.gpu_memory_utilization) - model.weight_bytes
+    if room < block:
+        raise InputError(
+            None,
+            key,
+            f"room for no block of {block:,} bytes of KV cache",
+            f"more memory, or less than {device} for weights",
+        )
+    return room // block
+
+
 def check_memory(scenario: Scenario, device_memory_bytes: int) -> None:
-    """Refuse a scenario whose weights, and KV cache of all requests that may run at once, exceed the device.
+    """Refuse equal requests, all there at the start, of which as many as may run at once exceed the device's memory.
 
     A request's blocks hold its prompt, its output and one token more, which a loop that reads results late writes.
+    Where the size of the KV cache is given, or requests arrive over time, they take turns instead.
 
     Raises:
         InputError: without a file; `InputError.within` adds it.
     """
-    model, workload = MODELS[scenario.model], scenario.workload
-    weights = model.weight_bytes
-    blocks = kv_blocks(max_tokens(workload.input_len, workload.output_len), scenario.block_size)
-    request = blocks * scenario.block_size * model.kv_bytes_per_token
-    running = min(workload.num_prompts, scenario.max_num_seqs)
-    if weights + running * request <= device_memory_bytes:
+    blocks = num_kv_blocks(scenario, device_memory_bytes)
+    workload = scenario.workload
+    given = scenario.kv_cache_bytes is not None or scenario.gpu_memory_utilization is not None
+    if given or not (scenario.all_at_once and isinstance(workload, FixedWorkload)):
         return
-    have = f"the device's {_gb(device_memory_bytes)}"
-    fitting = (device_memory_bytes - weights) // request
-    if weights > device_memory_bytes:
-        raise InputError(None, "model", f"{model.name} with {_gb(weights)} of weights", f"a model that fits {have}")
-    found = f"{running} requests at once: {_gb(weights)} of weights and {_gb(running * request)} of KV cache"
+    model = MODELS[scenario.model]
+    need = kv_blocks(max_tokens(workload.input_len, workload.output_len), scenario.block_size)
+    request = need * scenario.block_size * model.kv_bytes_per_token
+    running = min(-(-workload.num_prompts // scenario.replicas), scenario.max_num_seqs)
+    if running * need <= blocks:
+        return
+    have, fitting = f"the device's {_gb(device_memory_bytes)}", blocks // need
+    found = f"{running} requests at once: {_gb(model.weight_bytes)} of weights and {_gb(running * request)} of KV cache"
     if fitting < 1:
         raise InputError(None, "workload", f"one request of {_gb(request)} of KV cache", f"requests that fit {have}")
     key = "max_num_seqs" if scenario.max_num_seqs <= workload.num_prompts else "workload.num_prompts"
     raise InputError(None, key, found, f"what fits {have}: max_num_seqs of at most {fitting}")
+
+
+def check_requests(scenario: Scenario, requests: Requests, blocks: int) -> None:
+    """Refuse requests of which one could never run: it would be waited for for ever.
+
+    Raises:
+        InputError: without a file; names the request by its number and lengths.
+    """
+    tokens = requests.prompt_tokens + requests.output_tokens + 1
+    longest = int(tokens.argmax())
+    need = kv_blocks(int(tokens[longest]), scenario.block_size)
+    name = f"request {longest:,} of {requests.prompt_tokens[longest]:,} + {requests.output_tokens[longest]:,} tokens"
+    if need > blocks:
+        found = f"{name}, which needs {need:,} blocks of KV cache"
+        raise InputError(None, "workload", found, f"requests that fit the {blocks:,} that there are")
+    if not scenario.chunked_prefill:
+        prefill = requests.prompt_tokens + (requests.output_tokens if scenario.preemption == "recompute" else 0)
+        longest = int(prefill.argmax())
+        if prefill[longest] > scenario.max_num_batched_tokens:
+            lengths = f"{requests.prompt_tokens[longest]:,} + {requests.output_tokens[longest]:,} tokens"
+            found = f"{scenario.max_num_batched_tokens:,} without chunked_prefill, and request {longest:,} of {lengths}"
+            wanted = f"at least {prefill[longest]:,}, what it may have to compute in one batch"
+            raise InputError(None, "max_num_batched_tokens", found, wanted)
 
 
 def _gb(size_bytes: int) -> str:
@@ -164,8 +267,4 @@ def _gb(size_bytes: int) -> str:
 
 @cache
 def _refusals() -> Refusals:
-    arrivals = (
-        "a key of an arrival process, which this version does not have",
-        "kind: fixed with num_prompts, input_len and output_len: all requests present at the start",
-    )
-    return fields.refusals_of(Scenario, dict.fromkeys(ARRIVAL_KEYS, arrivals))
+    return fields.refusals_of(Scenario)

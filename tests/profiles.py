@@ -1,11 +1,13 @@
-"""A small profile, written down by hand, and a scenario to run on it."""
+"""A small profile, written down by hand, and scenarios to run on it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from batchsim.profile import DecodeCurve, DeviceFit, KernelCounts, LoopFit, PhaseFit, PrefillFit, Profile
-from batchsim.scenario import FixedWorkload, Scenario
+from batchsim.scenario import Scenario
+from batchsim.workload_scenario import FixedWorkload
 
 SIZES = (1, 8, 32)
 RATIOS = [0.9, 0.95, 1.0, 1.05, 1.1]
@@ -84,3 +86,30 @@ def scenario(num_prompts: int = 6, input_len: int = 32, output_len: int = 20, **
         "max_num_batched_tokens": 128,
     }
     return Scenario(**fields | changes)
+
+
+def serving(changes: Mapping[str, Any] | None = None) -> Scenario:
+    """400 requests that arrive over time, at about half of what `small_profile` can serve under sync.
+
+    `changes` replace values, those of the workload by names such as `workload.request_rate`.
+    """
+    fields: dict[str, Any] = {
+        "kind": "serving",
+        "name": "requests over time",
+        "model": "llama-3.2-1b",
+        "profile": "small",
+        "workload": {
+            "kind": "random",
+            "num_prompts": 400,
+            "request_rate": 150,
+            "input_len": {"dist": "lognorm", "s": 0.8, "scale": 40, "max": 300},
+            "output_len": {"dist": "lognorm", "s": 0.6, "scale": 16, "max": 80},
+        },
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+    }
+    for name, value in (changes or {}).items():
+        _, dot, key = name.partition(".")
+        place = fields["workload"] if dot else fields
+        place[key if dot else name] = value
+    return Scenario.model_validate(fields)

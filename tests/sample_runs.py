@@ -1,15 +1,21 @@
 """Runs to show and to check: an 8B model at batch 32, sync with idle gaps and async without.
 
 The spans come from the real schedules, driven by a machine so plain that its times can be worked out by hand:
-fixed costs, in-order streams, no latencies but those named below.
+fixed costs, in-order streams, no latencies but those named below. Requests that arrive over time are served by a loop
+as plain: whole prompts, steps whose time grows with the batch.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from batchsim.batching.continuous import Batch
+from batchsim.latency import Slo, request_figures
 from batchsim.operations import (
     CopyIn,
     CopyOut,
@@ -20,9 +26,12 @@ from batchsim.operations import (
     Synchronize,
 )
 from batchsim.records import Lane, Span
-from batchsim.result import Run, ScheduleResult
+from batchsim.result import LoadCurve, LoadPoint, Run, ScheduleResult
 from batchsim.schedules import SCHEDULES
+from batchsim.served import Int64, Series, Served
 
+SLO = Slo(ttft_ms=250, tpot_ms=9.5)
+KV_BLOCKS = 900
 STEPS = 1_024
 SHOWN = 6
 LAUNCH_LATENCY_NS = 15_400
@@ -40,6 +49,144 @@ DEVICE_NS = {"copy_in": 12_320, "decode": 6_371_000, "copy_out": 3_140}
 def sample_runs() -> tuple[Run, Run]:
     """A prediction, and an execution that is a little off."""
     return _run("simulated", 1.0, 1.0), _run("executed", 1.043, 1.006)
+
+
+def serving_runs() -> tuple[Run, Run]:
+    """As `sample_runs`, of 600 requests that arrive over time, with the course of latencies as load grows."""
+    requests = requests_at(19.0, 600)
+    runs = []
+    for run, host, device in zip(sample_runs(), (1.0, 1.043), (1.0, 1.006), strict=True):
+        tables = {
+            "sync": serve(*requests, host_ns=round(880_000 * host), device_ns=round(4_900_000 * device)),
+            "async": serve(*requests, host_ns=0, device_ns=round(4_930_000 * device)),
+        }
+        runs.append(replace(run, results=results_of(run, tables), served=tables, slo=SLO))
+    offered = (4.0, 8.0, 12.0, 16.0, 20.0, 24.0)
+    points: dict[str, list[LoadPoint]] = {"sync": [], "async": []}
+    for rate in offered:
+        for name, host_ns in (("sync", 880_000), ("async", 0)):
+            table = serve(*requests_at(rate, 200), host_ns=host_ns, device_ns=4_900_000)
+            points[name].append(LoadPoint.of(rate, results_of(runs[0], {name: table})[name]))
+    curve = LoadCurve({name: tuple(found) for name, found in points.items()})
+    return replace(runs[0], load_curve=curve), runs[1]
+
+
+def requests_at(per_s: float, count: int) -> tuple[Int64, Int64, Int64]:
+    """Arrivals of a Poisson process, nanoseconds, and lengths of prompts and outputs, log-normal."""
+    draws = np.random.default_rng(7)
+    arrival_ns = np.cumsum(draws.exponential(1e9 / per_s, count)).astype(np.int64)
+    prompts, outputs = (draws.lognormal(mean, sigma, count) for mean, sigma in ((5.6, 0.9), (4.6, 0.8)))
+    return arrival_ns, np.clip(prompts, 4, 4_000).astype(np.int64), np.clip(outputs, 1, 1_200).astype(np.int64)
+
+
+def serve(
+    arrival_ns: Int64,
+    prompts: Int64,
+    outputs: Int64,
+    *,
+    host_ns: int,
+    device_ns: int,
+    max_num_seqs: int = 16,
+    until_ns: int | None = None,
+) -> Served:
+    """First come, first served; a step takes longer by 1% for each request and 10 us for each new prompt token.
+
+    `until_ns`: when the run is interrupted.
+    """
+    count = len(arrival_ns)
+    started, first, finished = (np.full(count, -1, np.int64) for _ in range(3))
+    generated, last = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    running: list[int] = []
+    gaps: Counter[int] = Counter()
+    sizes, moments = np.zeros(max_num_seqs + 1, np.int64), []
+    now, used, admitted = 0, 0, 0
+    while (admitted < count or running) and (until_ns is None or now < until_ns):
+        if not running and arrival_ns[admitted] > now:
+            now = int(arrival_ns[admitted])
+        prompt_tokens = 0
+        while admitted < count and arrival_ns[admitted] <= now and len(running) < max_num_seqs:
+            need = int(prompts[admitted] + outputs[admitted]) // 16 + 1
+            if used + need > KV_BLOCKS:
+                break
+            started[admitted], used = now, used + need
+            prompt_tokens += int(prompts[admitted])
+            running.append(admitted)
+            admitted += 1
+        waiting = int(np.searchsorted(arrival_ns, now, side="right")) - admitted
+        moments.append((now, len(running), waiting, used))
+        sizes[len(running)] += 1
+        now += host_ns + device_ns * (100 + len(running)) // 100 + 10_000 * prompt_tokens
+        for request in running:
+            if generated[request]:
+                gaps[now - int(last[request])] += 1
+            else:
+                first[request] = now
+            last[request] = now
+        generated[running] += 1
+        ended = [request for request in running if generated[request] == outputs[request]]
+        finished[ended] = now
+        used -= sum(int(prompts[request] + outputs[request]) // 16 + 1 for request in ended)
+        running = [request for request in running if generated[request] < outputs[request]]
+    arrived = slice(int(np.searchsorted(arrival_ns, now, side="right")))
+    none = np.zeros(count, np.int64)[arrived]
+    kept = np.array(moments, np.int64)[:: len(moments) // 2_048 + 1]
+    return Served(
+        arrival_ns=arrival_ns[arrived],
+        started_ns=started[arrived],
+        first_token_ns=first[arrived],
+        finished_ns=finished[arrived],
+        prompt_tokens=prompts[arrived],
+        output_tokens=outputs[arrived],
+        generated=generated[arrived],
+        cached_tokens=none,
+        preemptions=none,
+        priority=none,
+        replica=none,
+        itl_ns=np.array(sorted(gaps), np.int64),
+        itl_count=np.array([gaps[gap] for gap in sorted(gaps)], np.int64),
+        batch_sizes=sizes,
+        series=Series(*kept.T),
+        kv_blocks=KV_BLOCKS,
+        warm_up_ns=0,
+        total_ns=now,
+    )
+
+
+def results_of(run: Run, tables: Mapping[str, Served]) -> dict[str, ScheduleResult]:
+    """Results of `run` with the figures of other requests; idle time is a guess."""
+    results: dict[str, ScheduleResult] = {}
+    for name, table in tables.items():
+        tokens, steps = int(table.generated.sum()), int(table.batch_sizes.sum())
+        base = run.results[name]
+        idle_ns = dict.fromkeys(base.idle_ns, table.total_ns // 200) | {"no_requests": table.total_ns // 20}
+        figures = request_figures(table, SLO, open_loop=True)
+        results[name] = replace(
+            base,
+            throughput_tokens_per_s=tokens / table.total_ns * 1e9,
+            total_s=table.total_ns / 1e9,
+            device_busy_fraction=1 - sum(idle_ns.values()) / table.total_ns,
+            host_busy_fraction=0.31,
+            idle_ns=idle_ns,
+            counts={
+                **base.counts,
+                "requests": len(table.arrival_ns),
+                "output_tokens": tokens,
+                "steps": steps,
+                "preemptions": 0,
+            },
+            warnings=(),
+            engine_s=0.0124,
+            iterations=steps,
+            decisions=steps // 10,
+            events=steps // 20,
+        ).with_requests(figures)
+    if "sync" in results:
+        gained = results["sync"].throughput_tokens_per_s
+        results = {
+            name: replace(result, gain_over_sync=result.throughput_tokens_per_s / gained - 1)
+            for name, result in results.items()
+        }
+    return results
 
 
 def spans_of(schedule: str, steps: int, host: float = 1.0, device: float = 1.0) -> list[Span]:

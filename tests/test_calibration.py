@@ -111,6 +111,19 @@ def profile(measured: dict[Cell, Samples]) -> Profile:
     )
 
 
+@pytest.mark.parametrize("cell", [Cell("async", True, 4, 40), Cell("sync", False, 2, 0, chunk=48, decodes=2, steps=20)])
+def test_steps_of_a_cell_are_alike(cell: Cell) -> None:
+    """No step takes blocks but one that admits: what that costs is not what a cell measures."""
+    batcher = cell.batcher(block_size=16, num_kv_blocks=100)
+    read = []
+    while batch := batcher.schedule():
+        assert not batch.grown and not batch.preempted
+        read.append((batch.num_seqs, batch.prefill_tokens, batch.admitted))
+        batcher.update(batch)
+    first, last = cell.read_steps
+    assert set(read[first : last + 1]) == {(cell.num_seqs + cell.decodes, cell.num_seqs * cell.chunk, read[first][2])}
+
+
 def test_fits_give_the_known_costs_back(profile: Profile) -> None:
     for schedule, factor in (("sync", 1.0), ("async", ASYNC_FACTOR)):
         for loop in (profile.loops[f"{schedule}/graph"], profile.loops[f"{schedule}/eager"]):

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import batchsim.engine
+import batchsim.load  # before anything takes the engine's place
 import batchsim.profile
 from batchsim import __version__
 from batchsim.cli import app
 from batchsim.errors import InputError, RunError
 from batchsim.result import Run
-from tests.sample_runs import sample_runs
+from tests.sample_runs import sample_runs, serving_runs
 
 ROOT = Path(__file__).parents[1]
 SCENARIO = str(ROOT / "scenarios" / "async_8b_h200.yaml")
@@ -31,18 +33,19 @@ SCENARIO = str(ROOT / "scenarios" / "async_8b_h200.yaml")
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Replaces profile and engine; holds what they were called with. A `failure` in it is raised."""
+    """Replaces profile and engine; holds what they were called with. A `failure` in it is raised, a `run` returned."""
     seen: dict[str, Any] = {}
 
     def load_profile(name: str, base: Path | None = None) -> object:
         seen["profile"], seen["base"] = name, base
         return object()
 
-    def simulate(scenario: object, profile: object, *, progress: object = None) -> Run:
-        seen["scenario"] = scenario
+    def simulate(scenario: object, profile: object, **options: Any) -> Run:
+        seen["scenario"], seen["options"] = scenario, options
         if "failure" in seen:
             raise seen["failure"]
-        return sample_runs()[0]
+        run: Run = seen.get("run") or sample_runs()[0]
+        return run
 
     monkeypatch.setattr(batchsim.profile, "load_profile", load_profile)
     monkeypatch.setattr(batchsim.engine, "simulate", simulate)
@@ -66,7 +69,7 @@ class TestRun:
         assert result.exit_code == 0
         assert "tokens/s" in result.stdout
         assert engine["profile"] == "h200-llama-3.1-8b"
-        assert engine["base"] == Path(SCENARIO).parent
+        assert engine["base"] == engine["options"]["base"] == Path(SCENARIO).parent
 
     def test_json_is_all_that_stdout_holds(self, engine: dict[str, Any], tmp_path: Path) -> None:
         result = call("run", SCENARIO, "--json", "--out", str(tmp_path))
@@ -74,12 +77,23 @@ class TestRun:
         assert set(told) == {"schema_version", "scenario", "profile", "schedules", "provenance"}
         assert set(told["schedules"]) == {"sync", "async"}
         assert told["schedules"]["async"]["gain_over_sync"] > 0
+        for schedule in told["schedules"].values():
+            del schedule["engine_s"]  # the one thing that another run of the same would not give again
         assert json.loads((tmp_path / "result.json").read_text()) == told
 
     def test_writes_what_people_look_at(self, engine: dict[str, Any], tmp_path: Path) -> None:
         out = tmp_path / "a" / "b"
         assert call("run", SCENARIO, "--out", str(out)).exit_code == 0
         assert {path.name for path in out.iterdir()} == {"result.json", "report.html", "trace.json"}
+
+    def test_writes_the_requests_of_a_run_that_has_them(self, engine: dict[str, Any], tmp_path: Path) -> None:
+        engine["run"] = serving_runs()[0]
+        result = call("run", SCENARIO, "--out", str(tmp_path))
+        assert result.exit_code == 0
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "result.json", "report.html", "trace.json", "requests.parquet",
+        }  # fmt: skip
+        assert "requests.parquet" in result.stderr
 
     def test_options_replace_values_of_the_file(self, engine: dict[str, Any]) -> None:
         options = [
@@ -136,6 +150,17 @@ class TestRun:
         result = call("run", SCENARIO)
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
+    def test_what_an_interrupted_run_had_reached_is_told(self, engine: dict[str, Any]) -> None:
+        run = serving_runs()[0]
+        cut = replace(run.results["sync"], partial="interrupted after 3 of 600 requests")
+        engine["run"] = replace(run, results={"sync": cut})
+        result = call("run", SCENARIO)
+        assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+        assert "interrupted after 3 of 600 requests" in result.stdout
+        told = call("run", SCENARIO, "--json")
+        assert told.exit_code == 130
+        assert json.loads(told.stdout)["schedules"]["sync"]["partial"] == cut.partial
+
     def test_an_unwritable_folder_exits_1(self, engine: dict[str, Any], tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         result = call("run", SCENARIO, "--out", str(tmp_path / "file" / "below"))
@@ -160,9 +185,13 @@ def test_usage_errors_exit_2(arguments: list[str]) -> None:
 
 
 class TestValidate:
+    @pytest.fixture
+    def module(self) -> Any:
+        """Imported before anything takes the engine's place."""
+        return pytest.importorskip("calibration.validate")
+
     @pytest.fixture(autouse=True)
-    def device(self, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        module = pytest.importorskip("calibration.validate")
+    def device(self, module: Any, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "Bench", lambda device: device)
 
         def compare(scenario: object, profile: object, device: str, **options: Any) -> tuple[Run, Run]:
@@ -293,10 +322,14 @@ def test_ctrl_c_ends_a_command_with_one_line(tmp_path: Path) -> None:
 
 
 def test_the_readme_names_every_key_and_every_command() -> None:
-    from batchsim.scenario import FixedWorkload, Scenario
+    from batchsim.scenario import Objectives, Scenario
+    from batchsim.workload_scenario import FixedWorkload, RandomWorkload, TraceWorkload
 
     readme = (ROOT / "README.md").read_text()
-    keys = [*Scenario.model_fields, *(f"workload.{key}" for key in FixedWorkload.model_fields)]
+    workloads = [key for model in (FixedWorkload, RandomWorkload, TraceWorkload) for key in model.model_fields]
+    keys = [
+        *Scenario.model_fields, *(f"workload.{key}" for key in workloads), *(f"slo.{key}" for key in Objectives.model_fields)
+    ]  # fmt: skip
     assert [key for key in keys if f"`{key}`" not in readme] == []
     commands = re.findall(r"│ (\w+)  ", call("--help").stdout)
     assert {"run", "tiles", "validate", "calibrate", "schema"} <= set(commands)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,12 @@ from typer.testing import CliRunner, Result
 from batchsim.cli import app
 from batchsim.operations import HOST_PHASES
 from batchsim.profile import Profile, load_profile
+from batchsim.result import ScheduleResult
 from calibration.calibrate import calibrate
 
 ROOT = Path(__file__).parents[1]
 SCENARIO = str(ROOT / "scenarios" / "tiny_cpu.yaml")
-FIGURES = {
-    "schedule", "throughput_tokens_per_s", "total_s", "step_ms", "device_busy_fraction", "launch_gap_fraction",
-    "host_busy_fraction", "idle_ns", "stage_ms", "counts", "gain_over_sync", "warnings",
-}  # fmt: skip
+FIGURES = {field.name for field in fields(ScheduleResult)} - {"engine_s"}
 
 
 def call(*arguments: str | Path) -> Result:
@@ -152,11 +152,18 @@ class TestRun:
         assert set(value["schedules"]) == {"sync", "async"}
         assert value["profile"] == "tiny-cpu"
         for result in value["schedules"].values():
+            assert result.pop("engine_s") > 0
             check_sane(result)
-        assert {path.name for path in tmp_path.iterdir()} == {"result.json", "report.html", "trace.json"}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "result.json", "report.html", "trace.json", "requests.parquet",
+        }  # fmt: skip
 
     def test_same_seed_same_bytes(self, profile_file: Path) -> None:
-        told = [call("run", SCENARIO, "--profile", profile_file, "--json").stdout for _ in range(2)]
+        told = [
+            re.sub(r',\n +"engine_s": [-+.\de]+', "", call("run", SCENARIO, "--profile", profile_file, "--json").stdout)
+            for _ in range(2)
+        ]
+        assert "engine_s" not in told[0]
         assert told[0] == told[1]
 
 

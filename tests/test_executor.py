@@ -30,13 +30,15 @@ def decoder() -> Decoder:
     )  # fmt: skip
 
 
-def batcher_of(requests: Sequence[Request], decoder: Decoder, *, scattered: bool = True) -> ContinuousBatcher:
+def batcher_of(
+    requests: Sequence[Request], decoder: Decoder, *, scattered: bool = True, reserve: bool = False
+) -> ContinuousBatcher:
     batcher = ContinuousBatcher(
         requests, max_num_seqs=decoder.max_num_seqs, max_num_batched_tokens=decoder.max_num_batched_tokens,
-        block_size=decoder.block_size, num_kv_blocks=decoder.num_kv_blocks,
+        block_size=decoder.block_size, num_kv_blocks=decoder.num_kv_blocks, reserve=reserve,
     )  # fmt: skip
     if scattered:
-        random.Random(0).shuffle(batcher._free)
+        random.Random(0).shuffle(batcher.pool._free)
     return batcher
 
 
@@ -44,9 +46,9 @@ def requests_of(lengths: Sequence[tuple[int, int]] = LENGTHS) -> list[Request]:
     return [Request(index, prompt, output) for index, (prompt, output) in enumerate(lengths)]
 
 
-def execute(decoder: Decoder, schedule: str, requests: Sequence[Request]) -> Execution:
+def execute(decoder: Decoder, schedule: str, requests: Sequence[Request], *, reserve: bool = False) -> Execution:
     executor = Executor(decoder, graphs=True)
-    return executor.run(SCHEDULES[schedule](), batcher_of(requests, decoder), keep_tokens=True)
+    return executor.run(SCHEDULES[schedule](), batcher_of(requests, decoder, reserve=reserve), keep_tokens=True)
 
 
 def expected(decoder: Decoder, lengths: Sequence[tuple[int, int]] = LENGTHS) -> dict[int, list[int]]:
@@ -59,9 +61,10 @@ def expected(decoder: Decoder, lengths: Sequence[tuple[int, int]] = LENGTHS) -> 
     return tokens
 
 
+@pytest.mark.parametrize("reserve", [True, False])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_tokens_equal_an_uncached_reference(decoder: Decoder, schedule: str) -> None:
-    assert execute(decoder, schedule, requests_of()).tokens == expected(decoder)
+def test_tokens_equal_an_uncached_reference(decoder: Decoder, schedule: str, reserve: bool) -> None:
+    assert execute(decoder, schedule, requests_of(), reserve=reserve).tokens == expected(decoder)
 
 
 def test_tokens_do_not_degenerate(decoder: Decoder) -> None:
@@ -92,7 +95,7 @@ def test_every_request_ends_once_and_async_wastes_one_token_each(
     assert result.output_tokens == sum(output for _, output in LENGTHS)
     # A request that ends on its very last batch still has its wasted token: the host learns of the end too late.
     assert result.wasted_tokens == wasted_each * len(LENGTHS)
-    assert sorted(batcher._free) == list(range(NUM_BLOCKS))
+    assert sorted(batcher.pool._free) == list(range(NUM_BLOCKS))
     assert result.tokens is None
 
 
@@ -141,13 +144,19 @@ def test_on_tokens_sees_what_the_host_reads(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
-    [(Request(0, 90, 20), "max_model_len=100"), (Request(0, 4, 4, blocks=[]), "num_kv_blocks")],
+    ("request_", "blocks_before", "message"),
+    [
+        (Request(0, 90, 20), 0, "max_model_len=100"),
+        (Request(0, 4, 4), NUM_BLOCKS, "num_kv_blocks"),
+        (Request(0, 60, 4), NUM_BLOCKS - 3, "num_kv_blocks"),  # its second chunk needs one too many
+        (Request(0, 14, 9), NUM_BLOCKS - 1, "num_kv_blocks"),  # and here its third token
+    ],
 )
-def test_requests_that_do_not_fit_are_refused(decoder: Decoder, request_: Request, message: str) -> None:
+def test_requests_that_do_not_fit_are_refused(
+    decoder: Decoder, request_: Request, blocks_before: int, message: str
+) -> None:
     batcher = ContinuousBatcher([request_], max_num_seqs=5, max_num_batched_tokens=48, block_size=16)
-    if message == "num_kv_blocks":
-        batcher._blocks_made = NUM_BLOCKS
+    batcher.pool.take(blocks_before)
     with pytest.raises(ValueError, match=message):
         Executor(decoder, graphs=False).run(SCHEDULES["sync"](), batcher)
 

@@ -22,6 +22,7 @@ from batchsim.model import ModelShape
 from batchsim.schedules import SCHEDULES
 from calibration.executor import Decoder, Execution, Executor, prompt_tokens, reference
 from calibration.executor.buffers import Geometry, Inputs
+from calibration.executor.inputs import prompt_ids
 
 CUDA = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -197,7 +198,7 @@ def execute(decoder: Decoder, schedule: str, graphs: bool, lengths: tuple[tuple[
     batcher = ContinuousBatcher(
         requests, max_num_seqs=6, max_num_batched_tokens=decoder.max_num_batched_tokens, num_kv_blocks=200
     )
-    random.Random(0).shuffle(batcher._free)
+    random.Random(0).shuffle(batcher.pool._free)
     return Executor(decoder, graphs=graphs).run(SCHEDULES[schedule](), batcher, keep_tokens=True)
 
 
@@ -214,6 +215,33 @@ def test_float32_tokens_equal_an_uncached_reference(kernels: ModuleType, dim: in
     for schedule in SCHEDULES if CUDA else ["async"]:
         for graphs in (False, True) if CUDA else (False,):
             assert execute(decoder, schedule, graphs, lengths).tokens == tokens, (schedule, graphs)
+
+
+@needs_gpu
+@pytest.mark.parametrize("num_kv_blocks", [21, 30, 200])
+def test_preemption_and_prefix_caching_change_no_token(num_kv_blocks: int) -> None:
+    decoder = decoder_of(64, torch.float32)
+    lengths = ((5, 49), (130, 36), (140, 42), (300, 8), (16, 33), (40, 50), (131, 15), (257, 4))
+    # The first four blocks are alike, those after them another request's own.
+    hashes = [[block if block < 4 else 100 * i + block for block in range(n // 16)] for i, (n, _) in enumerate(lengths)]
+
+    def requests() -> list[Request]:
+        return [Request(i, prompt, output, hashes=hashes[i]) for i, (prompt, output) in enumerate(lengths)]
+
+    tokens = {}
+    for request in requests():
+        ids = prompt_ids(request, 0, request.prompt_tokens, 16)
+        prompt = prompt_tokens(decoder.seed, ids, np.arange(request.prompt_tokens), 1000).tolist()
+        tokens[request.id] = reference.greedy(decoder, prompt, request.output_tokens, torch.float64)
+    for schedule, graphs, caching in itertools.product(SCHEDULES, (False, True), (False, True)):
+        batcher = ContinuousBatcher(
+            requests(), max_num_seqs=6, max_num_batched_tokens=decoder.max_num_batched_tokens,
+            num_kv_blocks=num_kv_blocks, prefix_caching=caching,
+        )  # fmt: skip
+        random.Random(0).shuffle(batcher.pool._free)
+        result = Executor(decoder, graphs=graphs).run(SCHEDULES[schedule](), batcher, keep_tokens=True)
+        assert result.tokens == tokens, (schedule, graphs, caching)
+        assert (batcher.preemptions > 0) == (num_kv_blocks < 200)
 
 
 @needs_gpu

@@ -134,7 +134,7 @@ def cases(draw: st.DrawFn) -> Case:
         st.lists(
             st.tuples(
                 st.sampled_from([0, 0, 1_000, 300_000, 3_000_000, 40_000_000]) | st.integers(0, 10_000_000),
-                st.integers(1, 200) | st.sampled_from([16, 32, 64, 96, 128]), st.integers(1, 60), st.integers(0, 2),
+                st.integers(1, 200) | st.sampled_from([16, 32, 64, 96, 128]), st.integers(1, 45), st.integers(0, 2),
             ),
             min_size=1, max_size=24,
         )
@@ -198,7 +198,7 @@ def tight_cases(draw: st.DrawFn) -> Case:
     return Case(requests_of(rows), limits, draw(st.sampled_from(["sync", "async"])), jitter=draw(st.booleans()))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tight_cases())
 def test_every_preemption_at_the_same_nanosecond(case: Case) -> None:
     assert_equal_levels(case)

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from batchsim.report import print_run, write_report
-from batchsim.report.words import causes, error_text, headline, idle_shares
+from batchsim.report.shown import error_text
+from batchsim.report.words import causes, headline, idle_shares
 from batchsim.result import Run, ScheduleResult, errors
 from tests.sample_runs import sample_runs
 

@@ -23,7 +23,8 @@ from batchsim.workload import Requests
 LANES: tuple[Lane, ...] = ("host", "copy_in", "compute", "copy_out")
 # Steps between two returns of the compiled engine: few at first, for short runs.
 FIRST_QUOTA, QUOTA = 512, 8192
-LOG_ROWS = 4096
+# Of the window, and what may reach into it: some thirty steps.
+LOG_ROWS = 640
 
 
 class Arrays(NamedTuple):

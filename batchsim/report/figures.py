@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 
 from batchsim.operations import HOST_PHASES
 from batchsim.records import DEVICE_STAGES, Lane, Span
-from batchsim.report.words import METRICS, error_text, idle_shares, shown, stage_label
+from batchsim.report.shown import compared, error_text, shown, stage_label
+from batchsim.report.words import idle_shares
 from batchsim.result import Run, ScheduleResult, errors, figures, in_points, occurrence
 
 LANES: tuple[Lane, ...] = ("host", "copy_in", "compute", "copy_out")
@@ -31,15 +32,19 @@ COLOURS = {
     "wake_up": "#9aa5b1",
     "launch_latency": "#5b6673",
     "busy": "#0072b2",
+    "no_requests": "rgba(148,160,176,0.35)",
 }
 _UNKNOWN = "#c3cad3"
 _OTHERS = "other stages"
 _SMALL_SHARE = 0.001
 _GAPPY = " with gaps"
-_ACROSS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+# Schedules beside one another.
+ACROSS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _DARK = "#1c2330"
 # Stages whose colour is too light for white letters.
-_INK = dict.fromkeys(("copy_in", "copy_out", "launch", "stream_wait", "schedule"), _DARK) | {"wait": "#7b8794"}
+_INK = dict.fromkeys(("copy_in", "copy_out", "launch", "stream_wait", "schedule"), _DARK) | dict.fromkeys(
+    ("wait", "no_requests"), "#7b8794"
+)
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 _ROW_PX = 24
 
@@ -144,7 +149,9 @@ def idle(predicted: Run, measured: Run | None) -> go.Figure:
 
 def metric_errors(predicted: Run, measured: Run) -> go.Figure:
     """Signed errors of the metrics: percent, and percentage points for shares and gains."""
-    labels = {metric.key: metric.label + (" (points)" if in_points(metric.key) else "") for metric in METRICS}
+    labels = {
+        metric.key: metric.label + (" (points)" if in_points(metric.key) else "") for metric in compared(predicted)
+    }
     return _errors(predicted, measured, labels, "predicted against measured, % or points", _scaled_error)
 
 
@@ -176,7 +183,7 @@ def _difference_us(key: str, predicted: ScheduleResult, measured: ScheduleResult
 def _errors(predicted: Run, measured: Run, labels: dict[str, str], title: str, value_of: _ValueOf) -> go.Figure:
     figure = go.Figure()
     names = [name for name in predicted.results if name in measured.results]
-    for colour, name in zip(_ACROSS * len(names), names, strict=False):
+    for colour, name in zip(ACROSS * len(names), names, strict=False):
         left, right = predicted.results[name], measured.results[name]
         error, sides = errors(left, right), (figures(left), figures(right))
         keys = [key for key in labels if key in shown(left) and value_of(key, left, right) is not None]

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from batchsim.report import figures as draw
+from batchsim.report import serving
 from batchsim.report.html import as_yaml, definitions, document, escaped, header, items, plot, section
-from batchsim.report.words import (
+from batchsim.report.shown import (
+    LATENCY_METRICS,
     METRICS,
-    NEGLIGIBLE_GAIN,
+    REQUEST_METRICS,
     Metric,
-    agreement,
-    causes,
+    definitions_of,
     error_text,
-    headline,
-    idle_shares,
+    half_width,
     shown,
     stage_label,
+    varied,
+)
+from batchsim.report.words import (
+    NEGLIGIBLE_GAIN,
+    agreement,
+    alerts,
+    causes,
+    effort,
+    headline,
+    idle_shares,
     unique_warnings,
 )
 from batchsim.result import DEFINITIONS, Run, ScheduleResult, errors, figures
@@ -32,17 +42,29 @@ _ON_CARDS = (
     "host_busy_fraction",
     "total_s",
 )
+_ON_CARDS_OF_REQUESTS = (
+    "throughput_requests_per_s",
+    "goodput_requests_per_s",
+    "slo_attainment",
+    "latency_ms.ttft.p50",
+    "latency_ms.ttft.p99",
+    "latency_ms.tpot.p50",
+    "latency_ms.e2e.p99",
+    "device_busy_fraction",
+    "host_busy_fraction",
+)
 
 
 def page(predicted: Run, measured: Run | None = None) -> str:
     """The HTML text of the report."""
     runs = [predicted] if measured is None else [predicted, measured]
     name = str(predicted.scenario.get("name", "scenario"))
-    plots = draw.timelines(predicted, measured) | {"idle": draw.idle(predicted, measured)}
+    plots, sections = serving.sections(predicted, measured) if varied(predicted) else ({}, [])
+    plots |= draw.timelines(predicted, measured) | {"idle": draw.idle(predicted, measured)}
     if measured is not None:
         plots["metric-errors"] = draw.metric_errors(predicted, measured)
         plots["stage-errors"] = draw.stage_errors(predicted, measured)
-    sections = [
+    sections += [
         section("Timeline", _TIMELINE_NOTE, plot("timeline")),
         section("Close-up of one turn", _CLOSE_UP_NOTE, plot("close-up")),
         section("Where the device's time goes", DEFINITIONS["idle_ns"].capitalize() + ".", plot("idle")),
@@ -51,18 +73,18 @@ def page(predicted: Run, measured: Run | None = None) -> str:
         side_by_side = f'<div class="pair">{plot("metric-errors")}{plot("stage-errors")}</div>'
         sections.append(section("Predicted against measured", agreement(predicted, measured), side_by_side))
     sections += [
-        section("All figures", "", _figures_table(predicted, measured)),
-        section("Definitions", "", definitions(DEFINITIONS)),
+        section("All figures", " ".join(f"{line}." for line in effort(predicted)), _figures_table(predicted, measured)),
+        section("Definitions", "", definitions(definitions_of(predicted))),
         section("Scenario", "", as_yaml(predicted.scenario)),
         section("Provenance", "", "".join(f"<h3>{escaped(run.source)}</h3>{as_yaml(run.provenance)}" for run in runs)),
     ]
     top = header(name, headline(predicted, measured), causes(measured or predicted))
-    return document(name, [top, _warnings(runs), _cards(predicted, measured), *sections], plots)
+    told = _list("alerts", alerts(runs)) + _list("warnings", unique_warnings(runs))
+    return document(name, [top, told, _cards(predicted, measured), *sections], plots)
 
 
-def _warnings(runs: list[Run]) -> str:
-    found = unique_warnings(runs)
-    return f'<ul class="warnings">{items(found)}</ul>' if found else ""
+def _list(kind: str, texts: list[str]) -> str:
+    return f'<ul class="{kind}">{items(texts)}</ul>' if texts else ""
 
 
 def _cards(predicted: Run, measured: Run | None) -> str:
@@ -81,8 +103,8 @@ def _card(name: str, predicted: Run, measured: Run | None) -> str:
         chip = f'<span class="chip {kind}">{gain:+.1%} against sync</span>'
     rows = [
         f"<dt>{escaped(metric.label)}</dt><dd>{_value(metric, found, truth, error)}</dd>"
-        for metric in METRICS
-        if metric.key in _ON_CARDS and metric.key in found
+        for metric in _on_cards(predicted)
+        if metric.key in found
     ]
     predicted_mark = " predicted" if truth else ""
     tokens = f'<p class="big">{result.throughput_tokens_per_s:,.0f} <small>tokens/s{predicted_mark}</small></p>'
@@ -93,6 +115,11 @@ def _card(name: str, predicted: Run, measured: Run | None) -> str:
     busy = min(max(result.device_busy_fraction, 0.0), 1.0)
     meter = f'<div class="meter" title="device busy {busy:.1%}"><i style="width:{busy * 100:.2f}%"></i></div>'
     return f'<article class="card"><h3>{escaped(name)} {chip}</h3>{tokens}{meter}<dl>{"".join(rows)}</dl></article>'
+
+
+def _on_cards(run: Run) -> list[Metric]:
+    metrics = {metric.key: metric for metric in (*METRICS, *REQUEST_METRICS, *LATENCY_METRICS)}
+    return [metrics[key] for key in (_ON_CARDS_OF_REQUESTS if varied(run) else _ON_CARDS)]
 
 
 def _value(metric: Metric, found: dict[str, float], truth: dict[str, float], error: dict[str, float]) -> str:
@@ -127,8 +154,10 @@ def _groups(predicted: Run, measured: Run | None) -> list[tuple[str, list[Metric
     stages = [key.removeprefix("stage_ms.") for key in keys if key.startswith("stage_ms.")]
     idle = dict.fromkeys(stage for result in results for stage in idle_shares(result))
     counts = dict.fromkeys(key for result in results for key in result.counts)
+    requests = (("Requests", REQUEST_METRICS), ("Latency of requests", LATENCY_METRICS)) if varied(predicted) else ()
     return [
         ("Metrics", [metric for metric in METRICS if metric.key in keys]),
+        *((title, found) for title, all_ in requests if (found := [metric for metric in all_ if metric.key in keys])),
         ("Time of a step by stage, ms", [Metric(f"stage_ms.{s}", stage_label(s), ",.4f") for s in stages]),
         ("Device idle for, share of total", [Metric(f"idle.{s}", stage_label(s), ".3%") for s in idle]),
         ("Counts", [Metric(f"counts.{key}", key.replace("_", " "), ",d") for key in counts]),
@@ -137,7 +166,8 @@ def _groups(predicted: Run, measured: Run | None) -> list[tuple[str, list[Metric
 
 def _cells(metric: Metric, name: str, predicted: Run, measured: Run | None) -> str:
     left = _all_figures(predicted.results[name])
-    cells = [_number(left.get(metric.key), metric.format)]
+    width = half_width(predicted.results[name], metric) if metric.key in left else ""
+    cells = [_number(left.get(metric.key), metric.format) + (f" <small>{width}</small>" if width else "")]
     if measured is not None:
         truth = measured.results.get(name)
         right = _all_figures(truth) if truth is not None else {}

@@ -18,6 +18,9 @@ h3 { font-size: 15px; margin: 12px 0 4px; }
 .causes { margin: 0 0 18px; padding-left: 20px; max-width: 118ch; }
 .warnings { list-style: none; margin: 0 0 18px; padding: 10px 14px; background: var(--warn); border-radius: 8px; }
 .warnings li::before { content: "\\26A0\\00A0 "; }
+.alerts { list-style: none; margin: 0 0 18px; padding: 10px 14px; border-radius: 8px; font-weight: 600;
+  color: var(--loss); background: var(--loss-bg); }
+.alerts li::before { content: "\\26A0\\00A0 "; }
 .note { color: var(--dim); margin: 0 0 8px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 16px; margin-bottom: 16px; }
 .card, section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px; }
@@ -37,7 +40,7 @@ dt { color: var(--dim); }
 dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 .definitions { grid-template-columns: max-content 1fr; }
 .definitions dd { text-align: left; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 12px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 12px; }
 .pair > * { min-width: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }

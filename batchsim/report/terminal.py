@@ -10,36 +10,59 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchsim.report.words import (
+from batchsim.report.shown import (
+    LATENCY_NAMES,
     METRICS,
-    NEGLIGIBLE_GAIN,
-    agreement,
-    causes,
+    REQUEST_METRICS,
+    STATISTICS,
+    compared,
+    definitions_of,
     error_text,
-    headline,
-    idle_shares,
+    half_width,
     shown,
     stage_label,
+    varied,
+)
+from batchsim.report.words import (
+    NEGLIGIBLE_GAIN,
+    agreement,
+    alerts,
+    causes,
+    effort,
+    headline,
+    idle_shares,
     unique_warnings,
 )
-from batchsim.result import DEFINITIONS, Run, ScheduleResult, errors, figures
+from batchsim.result import Run, ScheduleResult, errors
 
 _IDLE_TITLE = "device idle for"
 _BAR_CELLS = 16
 _SCHEDULES_ABREAST = 2
+_WIDE = 1e6
+_ENDS = ("gain_over_sync", "step_ms.p99", "total_s", "slo_attainment")
+# Told in the page; none of the tables shows them, or they say what they are.
+_NOT_PRINTED = ("stage_ms", "counts", "unstable", "partial", "engine_s", "iterations", "decisions", "events")
 
 
 def print_run(console: Console, predicted: Run, measured: Run | None = None) -> None:
     """Print the figures of each schedule, the cause of the device's idle time, warnings and definitions.
 
-    With `measured`, every figure stands beside its measurement and the signed error of the prediction.
+    Where requests arrive over time or differ in length, their latencies too. With `measured`, every figure stands
+    beside its measurement and the signed error of the prediction.
     """
+    runs = [predicted] if measured is None else [predicted, measured]
     console.print()
     console.print(_title(predicted, measured))
     console.print(Text(headline(predicted, measured), style="bold"))
+    for alert in alerts(runs):
+        console.print(_bullet("\N{WARNING SIGN} ", alert, style="bold red"))
     console.print()
     if measured is None:
-        console.print(_figures(predicted), "", _idle(predicted), "", sep="\n")
+        console.print(_figures(predicted), "", sep="\n")
+        if varied(predicted):
+            for result in predicted.results.values():
+                console.print(_latencies(result), "", sep="\n")
+        console.print(_idle(predicted), "", sep="\n")
     else:
         names = [name for name in predicted.results if name in measured.results]
         for first in range(0, len(names), _SCHEDULES_ABREAST):
@@ -51,12 +74,14 @@ def print_run(console: Console, predicted: Run, measured: Run | None = None) -> 
     for sentence in causes(measured or predicted):
         console.print(_bullet("\N{BULLET} ", sentence))
     console.print()
-    for warning in unique_warnings([predicted] if measured is None else [predicted, measured]):
+    for warning in unique_warnings(runs):
         console.print(_bullet("warning: ", warning, style="yellow"))
-    keys = {key for result in predicted.results.values() for key in figures(result)}
-    for key, definition in DEFINITIONS.items():
-        if key in keys or key in ("step_ms", "idle_ns"):
+    for key, definition in definitions_of(predicted).items():
+        if key not in _NOT_PRINTED:
             console.print(_bullet(f"{key}: ", definition, style="dim"))
+    if varied(predicted):
+        for line in effort(predicted):
+            console.print(Text(line, style="dim"))
 
 
 def _title(predicted: Run, measured: Run | None) -> Text:
@@ -81,13 +106,27 @@ def _figures(run: Run) -> Table:
     found = {name: shown(result) for name, result in run.results.items()}
     for name in found:
         table.add_column(name, justify="right", header_style="bold", min_width=10)
-    for metric in METRICS:
+    for metric in (*METRICS, *REQUEST_METRICS) if varied(run) else METRICS:
         if any(metric.key in values for values in found.values()):
             cells = [_number(values.get(metric.key), metric.format) for values in found.values()]
-            if metric.key == "gain_over_sync":
-                for cell, values in zip(cells, found.values(), strict=True):
+            for cell, (name, values) in zip(cells, found.items(), strict=True):
+                if metric.key == "gain_over_sync":
                     cell.stylize(_gain_style(values.get(metric.key)))
-            table.add_row(metric.label, *cells, end_section=metric.key in ("gain_over_sync", "step_ms.p99"))
+                if metric.key in values and (width := half_width(run.results[name], metric)):
+                    cell.append(f" {width}", style="dim")
+            table.add_row(metric.label, *cells, end_section=metric.key in _ENDS)
+    if varied(run) and any("preemptions" in result.counts for result in run.results.values()):
+        table.add_row("preemptions", *(_number(run.results[name].counts.get("preemptions"), ",d") for name in found))
+    return table
+
+
+def _latencies(result: ScheduleResult) -> Table:
+    """One row a latency, one column a statistic."""
+    table = _table(f"{result.schedule}, ms")
+    for statistic in STATISTICS:
+        table.add_column(statistic, justify="right", header_style="bold", min_width=9)
+    for name, statistics in result.latency_ms.items():
+        table.add_row(LATENCY_NAMES[name], *(_number(statistics.get(statistic), ",.2f") for statistic in STATISTICS))
     return table
 
 
@@ -116,7 +155,7 @@ def _idle(run: Run) -> Table:
 
 def _comparison(predicted: Run, measured: Run, names: list[str]) -> Table:
     table = _compared("", names)
-    for metric in METRICS:
+    for metric in compared(predicted):
         pairs = [
             (shown(predicted.results[name]).get(metric.key), shown(measured.results[name]).get(metric.key))
             for name in names
@@ -184,7 +223,12 @@ def _stages_by_share(shares: Mapping[Any, dict[str, float]]) -> list[str]:
 
 
 def _number(value: float | None, form: str) -> Text:
-    return Text("-", style="dim") if value is None else Text(format(value, form))
+    if value is None:
+        return Text("-", style="dim")
+    # Latencies of an overload know no bound, but the terminal does.
+    if form.endswith(("2f", "1f", "0f")) and value >= _WIDE:
+        form = ",.0f" if value < 10 * _WIDE else ",.3g"
+    return Text(format(value, form))
 
 
 def _error(key: str, error: float | None) -> Text:

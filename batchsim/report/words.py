@@ -3,32 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from batchsim.operations import HOST_PHASES, Forward, Synchronize
-from batchsim.result import Run, ScheduleResult, errors, figures, in_points
-
-
-class Metric(NamedTuple):
-    """A figure as it is shown: its key in `batchsim.result.figures`, its name, and its number format."""
-
-    key: str
-    label: str
-    format: str
-
-
-METRICS = (
-    Metric("throughput_tokens_per_s", "tokens/s", ",.0f"),
-    Metric("gain_over_sync", "gain over sync", "+.1%"),
-    Metric("step_ms.mean", "step mean, ms", ",.3f"),
-    Metric("step_ms.p50", "step p50, ms", ",.3f"),
-    Metric("step_ms.p95", "step p95, ms", ",.3f"),
-    Metric("step_ms.p99", "step p99, ms", ",.3f"),
-    Metric("device_busy_fraction", "device busy", ".2%"),
-    Metric("launch_gap_fraction", "launch gaps", ".1%"),
-    Metric("host_busy_fraction", "host busy", ".1%"),
-    Metric("total_s", "total, s", ",.3f"),
-)
+from batchsim.report.shown import LATENCY_NAMES, arrives, error_text, ms_text, stage_label, varied
+from batchsim.result import Run, ScheduleResult, errors
 
 HOST_WORK = tuple(phase for phase in HOST_PHASES if phase != Synchronize.phase)
 
@@ -37,28 +15,14 @@ NEGLIGIBLE_GAIN = 0.005
 HOST_BOUND = 0.95
 DEVICE_BOUND = 0.99
 
+# How much throughput, of schedules that serve what arrives, may differ by how soon the last requests are done.
+_LAST_REQUESTS = 0.05
+
+# The latencies that a sentence has room for.
+_SPOKEN = (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"))
+
+_NO_REQUESTS = "no_requests"
 _ALONE = "Preparing batches ahead can hide host time: compare with --schedules sync,async."
-
-
-def stage_label(stage: str) -> str:
-    """`device_copy_in` -> `copy in (device)`; host phases and forwards keep their names."""
-    return f"{stage.removeprefix('device_')} (device)" if stage.startswith("device_") else stage
-
-
-def error_text(key: str, error: float) -> str:
-    """A signed error with its unit: `+1.2%` or `-0.3 pt`. A rounded zero has no minus sign."""
-    return f"{_rounded(error, 1):+.1f} pt" if in_points(key) else f"{_rounded(error * 100, 1):+.1f}%"
-
-
-def _rounded(value: float, digits: int) -> float:
-    return round(value, digits) + 0.0
-
-
-def shown(result: ScheduleResult) -> dict[str, float]:
-    """The figures that are worth showing: all but the gain of sync over itself."""
-    return {
-        key: value for key, value in figures(result).items() if (key, result.schedule) != ("gain_over_sync", "sync")
-    }
 
 
 def idle_shares(result: ScheduleResult) -> dict[str, float]:
@@ -70,7 +34,7 @@ def idle_shares(result: ScheduleResult) -> dict[str, float]:
 
 def host_work_ms(result: ScheduleResult) -> float:
     """Host time of a mean step in which the host does not wait for the device."""
-    return result.step_ms["mean"] * result.host_busy_fraction
+    return result.step_ms["mean"] * _host_busy(result)
 
 
 def headline(predicted: Run, measured: Run | None = None) -> str:
@@ -78,20 +42,23 @@ def headline(predicted: Run, measured: Run | None = None) -> str:
     run = measured or predicted
     baseline = run.results.get("sync")
     others = [result for name, result in run.results.items() if name != "sync"]
+    latencies = varied(predicted)
     if baseline is None or not others:
-        return " ".join(f"{r.schedule}: {r.throughput_tokens_per_s:,.0f} tokens/s." for r in run.results.values())
+        return " ".join(f"{_reached(result, latencies)}." for result in run.results.values())
     verb = "is" if measured else "should be"
     parts = []
     for other in others:
         gain = _gain(baseline, other)
-        if abs(gain) < NEGLIGIBLE_GAIN:
+        if _keep_up(predicted, baseline, other):
+            verdict = f"{'serves' if measured else 'should serve'} what arrives, as sync does"
+        elif abs(gain) < NEGLIGIBLE_GAIN:
             verdict = f"{verb} as fast as sync"
         else:
             verdict = f"{verb} {abs(gain):.1%} {'faster' if gain > 0 else 'slower'} than sync"
         part = f"{other.schedule} {verdict}: {_tokens(baseline, other)}"
         if measured is not None and other.schedule in predicted.results and "sync" in predicted.results:
             part += f" (predicted {_gain(predicted.results['sync'], predicted.results[other.schedule]):+.1%})"
-        parts.append(part)
+        parts.append(part + (f", {changes}" if latencies and (changes := _latencies(baseline, other)) else ""))
     return ("Measured: " if measured else "") + "; ".join(parts) + "."
 
 
@@ -102,11 +69,36 @@ def causes(run: Run) -> list[str]:
     for result in run.results.values():
         sentence = _idle_sentence(result)
         if baseline is None or result is baseline:
-            hint = f" {_ALONE}" if list(run.results) == ["sync"] and 1 - result.device_busy_fraction >= 0.01 else ""
+            hint = f" {_ALONE}" if list(run.results) == ["sync"] and _avoidable(result) >= 0.01 else ""
             sentences.append(sentence + hint)
         else:
-            sentences.append(f"{_comparison(baseline, result)} {sentence} {_next_step(result)}".strip())
+            comparison = _comparison(baseline, result, keep_up=_keep_up(run, baseline, result))
+            sentences.append(f"{comparison} {sentence} {_next_step(result)}".strip())
     return sentences
+
+
+def alerts(runs: Iterable[Run]) -> list[str]:
+    """What makes figures doubtful: runs that were interrupted, and queues that only grow."""
+    told = list(runs)
+    return [
+        f"{name}{', ' + run.source if len(told) > 1 else ''}: {text}"
+        for run in told
+        for name, result in run.results.items()
+        for text in (result.partial, result.unstable)
+        if text is not None
+    ]
+
+
+def effort(run: Run) -> list[str]:
+    """What simulating each schedule took, in a line each."""
+    lines = []
+    for name, result in run.results.items():
+        if result.engine_s is not None:
+            parts = [f"{result.counts['requests']:,} requests"]
+            counts = {"iterations": result.iterations, "decisions": result.decisions, "events": result.events}
+            parts += [f"{count:,} {what}" for what, count in counts.items() if count is not None]
+            lines.append(f"{name}: simulated {', '.join(parts)} in {ms_text(result.engine_s * 1e3)}")
+    return lines
 
 
 def agreement(predicted: Run, measured: Run) -> str:
@@ -117,13 +109,24 @@ def agreement(predicted: Run, measured: Run) -> str:
             error = errors(predicted.results[name], result)
             tokens = error_text("throughput_tokens_per_s", error["throughput_tokens_per_s"])
             busy = error_text("device_busy_fraction", error["device_busy_fraction"])
-            sentences.append(f"{name}: tokens/s {tokens}, device busy {busy}")
+            latencies = [
+                f", {LATENCY_NAMES[latency]} {statistic} {error_text(key, error[key])}"
+                for latency, statistic in _SPOKEN
+                if (key := f"latency_ms.{latency}.{statistic}") in error and varied(predicted)
+            ]
+            sentences.append(f"{name}: tokens/s {tokens}, device busy {busy}{''.join(latencies)}")
     return "Prediction minus execution: " + "; ".join(sentences) + "."
 
 
 def unique_warnings(runs: Iterable[Run]) -> list[str]:
     """The warnings of all results, each once, in order."""
     return list(dict.fromkeys(text for run in runs for result in run.results.values() for text in result.warnings))
+
+
+def _keep_up(run: Run, baseline: ScheduleResult, other: ScheduleResult) -> bool:
+    """Whether what limits both schedules is that no more requests arrive."""
+    stable = baseline.unstable is None and other.unstable is None
+    return arrives(run) and stable and abs(_gain(baseline, other)) < _LAST_REQUESTS
 
 
 def _gain(baseline: ScheduleResult, other: ScheduleResult) -> float:
@@ -135,18 +138,60 @@ def _tokens(baseline: ScheduleResult, other: ScheduleResult) -> str:
     return f"{left:,.0f} \N{RIGHTWARDS ARROW} {right:,.0f} tokens/s"
 
 
+def _latencies(baseline: ScheduleResult, other: ScheduleResult) -> str:
+    """`TTFT p50 81.2 ms -> 60.4 ms, ...`, of what both have."""
+    parts = []
+    for name, statistic in _SPOKEN:
+        left, right = (result.latency_ms.get(name, {}).get(statistic) for result in (baseline, other))
+        if left is not None and right is not None:
+            change = f"{ms_text(left)} \N{RIGHTWARDS ARROW} {ms_text(right)}"
+            parts.append(f"{LATENCY_NAMES[name]} {statistic} {change}")
+    return ", ".join(parts)
+
+
+def _reached(result: ScheduleResult, latencies: bool) -> str:
+    text = f"{result.schedule}: {result.throughput_tokens_per_s:,.0f} tokens/s"
+    found = [
+        f", {LATENCY_NAMES[name]} {statistic} {ms_text(result.latency_ms[name][statistic])}"
+        for name, statistic in _SPOKEN
+        if latencies and name in result.latency_ms
+    ]
+    return text + "".join(found)
+
+
+def _avoidable(result: ScheduleResult) -> float:
+    """The share of the time in which the device idles although there are requests."""
+    return 1 - result.device_busy_fraction - idle_shares(result).get(_NO_REQUESTS, 0.0)
+
+
+def _host_busy(result: ScheduleResult) -> float:
+    """The share of the time with requests in which the host works."""
+    spent = 1 - idle_shares(result).get(_NO_REQUESTS, 0.0)
+    return min(result.host_busy_fraction / spent, 1.0) if spent > 0 else 0.0
+
+
+def _host_bound(result: ScheduleResult) -> bool:
+    return _host_busy(result) >= HOST_BOUND
+
+
 def _idle_sentence(result: ScheduleResult) -> str:
     shares = idle_shares(result)
     idle = 1 - result.device_busy_fraction
     if idle < 0.0005:
         sentence = f"{result.schedule} keeps the device busy {result.device_busy_fraction:.2%} of the time."
     else:
+        unasked = shares.pop(_NO_REQUESTS, 0.0)
+        unasked = unasked if unasked >= 0.0005 else 0.0
         largest = [(stage, share) for stage, share in list(shares.items())[:3] if share >= 0.0005]
         parts = [f"{share * 100:.1f} for {stage_label(stage)}" for stage, share in largest]
-        rest = idle - sum(share for _, share in largest)
+        rest = idle - unasked - sum(share for _, share in largest)
         if rest >= 0.0005 and largest:
             parts.append(f"{rest * 100:.1f} for the rest")
-        detail = ": " + ", ".join(parts).replace(" for ", " points waiting for ", 1) if parts else ""
+        if parts:
+            parts[0] = parts[0].replace(" for ", " waiting for " if unasked else " points waiting for ", 1)
+        if unasked:
+            parts.insert(0, f"{unasked * 100:.1f} points with no request to serve")
+        detail = f": {', '.join(parts)}" if parts else ""
         sentence = f"{result.schedule} leaves the device idle {idle:.{1 if idle >= 0.01 else 2}%} of the time{detail}."
     gaps = result.launch_gap_fraction or 0.0
     if gaps >= 0.005:
@@ -154,22 +199,27 @@ def _idle_sentence(result: ScheduleResult) -> str:
     return sentence
 
 
-def _comparison(baseline: ScheduleResult, other: ScheduleResult) -> str:
+def _comparison(baseline: ScheduleResult, other: ScheduleResult, *, keep_up: bool) -> str:
     name, gain = other.schedule, _gain(baseline, other)
     tokens = _tokens(baseline, other)
-    hidden = other.device_busy_fraction - baseline.device_busy_fraction
+    idle = _avoidable(baseline)
+    hidden = idle - _avoidable(other)
+    if keep_up:
+        changes = _latencies(baseline, other)
+        return f"{name} serves what arrives, as sync does: {tokens} ({gain:+.1%}){': ' * bool(changes)}{changes}."
     if gain >= NEGLIGIBLE_GAIN:
         if hidden >= 0.001:
-            idle = 1 - baseline.device_busy_fraction
-            return f"{name} hides {hidden * 100:.1f} of these {idle * 100:.1f} points: {tokens} ({gain:+.1%})."
+            some = 1 - baseline.device_busy_fraction - idle >= 0.0005
+            which = f"the {idle * 100:.1f} points with requests" if some else f"these {idle * 100:.1f} points"
+            return f"{name} hides {hidden * 100:.1f} of {which}: {tokens} ({gain:+.1%})."
         return f"{name} is faster: {tokens} ({gain:+.1%})."
-    host_bound = other.host_busy_fraction >= HOST_BOUND
+    host_bound = _host_bound(other)
     work = f"{host_work_ms(other):,.2f} ms of host work a step against {host_work_ms(baseline):,.2f} ms"
     if gain > -NEGLIGIBLE_GAIN:
         reason = f"the host limits both ({work})" if host_bound else "there was little idle time to hide"
         return f"{name} changes little: {tokens} ({gain:+.1%}), since {reason}."
     if host_bound:
-        reason = f"the host is the bottleneck, busy {other.host_busy_fraction:.1%} of the time, with {work}"
+        reason = f"the host is the bottleneck, busy {_host_busy(other):.1%} of the time, with {work}"
     else:
         reason = f"a step takes {other.step_ms['mean']:,.2f} ms against {baseline.step_ms['mean']:,.2f} ms"
     return f"{name} is slower: {tokens} ({gain:+.1%}): {reason}."
@@ -177,7 +227,7 @@ def _comparison(baseline: ScheduleResult, other: ScheduleResult) -> str:
 
 def _next_step(result: ScheduleResult) -> str:
     host = {stage: ms for stage, ms in result.stage_ms.items() if stage in HOST_WORK}
-    if result.host_busy_fraction >= HOST_BOUND and host:
+    if _host_bound(result) and host:
         largest = max(host, key=lambda stage: (host[stage], stage))
         cure = "; CUDA graphs or fewer, larger kernels would shrink it" if largest == Forward.phase else ""
         return f"To go faster, cut host work: {largest} is the largest part ({host[largest]:,.2f} ms a step){cure}."

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchsim.costs import ProfileCosts
-from batchsim.engine import Window, batcher_of, simulate, steady_step
+from batchsim.engine import Window, batcher_of, requests_of, simulate, window_of
 from batchsim.machine import SimulatedMachine
 from batchsim.metrics import Metrics
 from batchsim.profile import KernelCounts, Profile
@@ -39,7 +39,8 @@ def profile_8b() -> Profile:
 def run(what: Scenario, profile: Profile, schedule: str) -> tuple[float, int, int]:
     """(seconds, steps, simulation events) of one schedule, metrics and window included."""
     costs = ProfileCosts(profile, schedule, graphs=what.cuda_graphs)
-    metrics, window, batcher = Metrics(), Window(steady_step(what)), batcher_of(what)
+    requests = requests_of(what)
+    metrics, window, batcher = Metrics(), Window(*window_of(what, requests)), batcher_of(what, requests)
 
     def observe(span: Span) -> None:
         metrics(span)
