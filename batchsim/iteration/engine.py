@@ -224,7 +224,7 @@ class Iterations:
     def spans(self) -> list[Span]:
         """The spans of the window, of the first replica, by start."""
         logged = int(self.arrays.replicas[0]["logged"])
-        rows = self._table(0, "log_at", state.LOG_COLUMNS * logged).reshape(logged, -1).tolist()
+        rows = self._table(0, "log_at", state.LOG_COLUMNS * logged).reshape(-1, state.LOG_COLUMNS).tolist()
         rows.sort(key=lambda row: (row[3], row[4]))
         return [Span(row[0], LANES[row[1]], STAGES[row[2]].removeprefix("device_"), *row[3:]) for row in rows]
 
