@@ -108,7 +108,12 @@ def run(
 
                 if status is not None:
                     status("at other loads")
-                predicted = replace(predicted, load_curve=load_curve(scenario, costs, base=file.parent))
+                try:
+                    curve = load_curve(scenario, costs, base=file.parent, progress=progress)
+                except KeyboardInterrupt:
+                    interrupted = True
+                else:
+                    predicted = replace(predicted, load_curve=curve)
 
         from batchsim.result import run_json
 

@@ -129,8 +129,8 @@ def simulate(
     """Simulate every schedule of `scenario` at the costs of `profile`.
 
     `progress` is told the fraction done, and `status` in words at what. A trace's path is relative to `base`;
-    `num_kv_blocks` takes the place of what the scenario says of the KV cache's size. Interrupted by Ctrl-C at the
-    iteration level, the run so far is returned and says so.
+    `num_kv_blocks` takes the place of what the scenario says of the KV cache's size. Interrupted by Ctrl-C,
+    what is done is returned and says so: at the iteration level also of the schedule that was running.
 
     Raises:
         InputError: the scenario cannot run on the profile's machine.
@@ -142,38 +142,41 @@ def simulate(
     if num_kv_blocks is None:
         num_kv_blocks = kv_blocks_of(scenario, profile.device_memory_bytes)
     limits, tiles = limits_of(scenario, num_kv_blocks), tile_level_of(scenario, profile)
-    slo = slo_of(scenario)
     repeated: dict[str, list[ScheduleResult]] = {name: [] for name in scenario.schedules}
     windows: dict[str, tuple[Span, ...]] = {}
     served: dict[str, Served] = {}
     total = len(scenario.schedules) * scenario.replications
     if status is not None:
         status("loading the compiled engine (the first time, this takes some seconds)")
-    for number in range(scenario.replications):
-        repetition = scenario.model_copy(update={"replication": scenario.replication + number})
-        requests = requests_of(repetition, base)
-        check_requests(scenario, requests, num_kv_blocks)
-        for position, schedule in enumerate(scenario.schedules):
-            tell = _scaled(progress, status, number * len(scenario.schedules) + position, total, schedule)
-            found = _serve(repetition, profile, schedule, requests, limits, tiles, tell)
-            result = found.result.with_requests(request_figures(found.served, slo, open_loop=is_open_loop(scenario)))
-            if requests.dropped:
-                warnings = (
-                    *result.warnings,
-                    f"{requests.dropped:,} requests of the trace have no tokens and were dropped",
-                )
-                result = replace(result, warnings=warnings)
-            if tell is not None:
-                tell(result.counts["requests"], len(requests), round(result.total_s * 1e9))
-            repeated[schedule].append(result)
-            if number == 0:
-                windows[schedule], served[schedule] = found.window, found.served
-            if result.partial is not None:
-                break
-        else:
-            continue
-        break
+    told: str | None = None
+    try:
+        for number in range(scenario.replications):
+            repetition = scenario.model_copy(update={"replication": scenario.replication + number})
+            requests = requests_of(repetition, base)
+            check_requests(scenario, requests, num_kv_blocks)
+            for position, schedule in enumerate(scenario.schedules):
+                tell = _scaled(progress, status, number * len(scenario.schedules) + position, total, schedule)
+                found = _serve(repetition, profile, schedule, requests, limits, tiles, tell)
+                result = _with_requests(found, scenario, requests.dropped)
+                if tell is not None:
+                    tell(result.counts["requests"], len(requests), round(result.total_s * 1e9))
+                repeated[schedule].append(result)
+                if number == 0:
+                    windows[schedule], served[schedule] = found.window, found.served
+                if result.partial is not None:
+                    raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        whole = min(len(each) for each in repeated.values())
+        if not any(repeated.values()):
+            raise
+        if scenario.replications > 1 and whole:  # the same ones of each schedule, all of them whole
+            repeated = {name: each[:whole] for name, each in repeated.items()}
+            told = f"interrupted after {whole} of {scenario.replications} replications"
+        elif missing := [name for name, each in repeated.items() if not each]:
+            told = f"interrupted before {', '.join(missing)}"
     results = {name: over_replications(each) for name, each in repeated.items() if each}
+    if told is not None:
+        results = {name: replace(result, partial=result.partial or told) for name, result in results.items()}
     return Run(
         source="simulated",
         scenario=scenario.model_dump(mode="json"),
@@ -181,7 +184,7 @@ def simulate(
         windows=windows,
         provenance={"batchsim": __version__, "profile": profile.name, **profile.provenance},
         served=served,
-        slo=slo,
+        slo=slo_of(scenario),
     )
 
 
@@ -190,6 +193,18 @@ class _Found:
     result: ScheduleResult
     served: Served
     window: tuple[Span, ...]
+
+
+def _with_requests(found: _Found, scenario: Scenario, dropped: int) -> ScheduleResult:
+    """A run's result with the figures of its requests."""
+    figures = request_figures(found.served, slo_of(scenario), open_loop=is_open_loop(scenario))
+    result = found.result.with_requests(figures)
+    warnings = list(result.warnings)
+    if dropped:
+        warnings.append(f"{dropped:,} requests of the trace have no tokens and were dropped")
+    if scenario.warm_up_s and not result.latency_ms.get("ttft"):
+        warnings.append(f"no request arrived after warm_up_s = {scenario.warm_up_s:g}: none counts in any latency")
+    return replace(result, warnings=tuple(warnings))
 
 
 def _serve(

@@ -30,7 +30,12 @@ def load_curve(
     """
     if not is_open_loop(scenario):
         return None
-    once = scenario.model_copy(update={"replications": 1, "warm_up_s": 0.0})
+    # The schedule tile runs an event for every host call, which would take too long.
+    names = tuple(name for name in scenario.schedules if name != "tile")
+    if not names:
+        return None
+    update = {"replications": 1, "warm_up_s": 0.0, "level": "iteration", "schedules": names}
+    once = scenario.model_copy(update=update)
     requests = requests_of(once, base)
     count = min(len(requests), MOST_REQUESTS)
     limits: dict[str, float | None] = (
@@ -44,16 +49,18 @@ def load_curve(
         if isinstance(once.workload, TraceWorkload):
             # A trace is never all there at once, but in a thousandth of the time it nearly is.
             scale = 1000.0 if rate is None else rate * span_s / (count - 1)
-            update = limits | {"rate_scale": once.workload.rate_scale * scale}
+            change = limits | {"rate_scale": once.workload.rate_scale * scale}
         else:
-            update = limits | {"request_rate": rate, **({"burstiness": 1.0} if rate is None else {})}
-        return once.model_copy(update={"workload": once.workload.model_copy(update=update)})
+            change = limits | {"request_rate": rate, **({"burstiness": 1.0} if rate is None else {})}
+        return once.model_copy(update={"workload": once.workload.model_copy(update=change)})
 
     full = simulate(at(None), profile, base=base).results.values()
     most = max(result.throughput_requests_per_s or 0.0 for result in full)
-    points: dict[str, list[LoadPoint]] = {name: [] for name in scenario.schedules}
+    points: dict[str, list[LoadPoint]] = {name: [] for name in names}
     for done, load in enumerate(LOADS):
         for name, result in simulate(at(most * load), profile, base=base).results.items():
+            if result.partial is not None:
+                raise KeyboardInterrupt
             points[name].append(LoadPoint.of(most * load, result))
         if progress is not None:
             progress((done + 1) / len(LOADS))

@@ -194,7 +194,7 @@ class Totals:
             device_busy_fraction=self.busy_ns / machine_ns,
             launch_gap_fraction=None if self.gap_ns is None else self.gap_ns / machine_ns,
             host_busy_fraction=1 - waited_ns / machine_ns,
-            idle_ns={stage: ns for stage, ns in idle if ns},
+            idle_ns={stage: round(ns / self.replicas) for stage, ns in idle if ns},
             stage_ms=stages,
             counts={**counts, "steps": count, "prefill_steps": self.stage_steps.get("prefill", 0)},
         )  # fmt: skip

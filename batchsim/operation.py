@@ -37,6 +37,11 @@ class Limits:
     replicas: int = 1
     router: str = "round_robin"
 
+    @property
+    def routed(self) -> bool:
+        """Whether a router looks at the replicas; taking turns is known beforehand."""
+        return self.replicas > 1 and self.router != "round_robin"
+
     def batcher(self, requests: Iterator[Request], asked: Requests) -> ContinuousBatcher:
         """The batcher of one replica."""
         names = [field.name for field in fields(self) if field.name not in ("replicas", "router")]
@@ -91,7 +96,7 @@ def operate(
     `tell` is told now and then how many requests have finished, of how many, and the time, nanoseconds.
     """
     env = Environment()
-    routed = limits.replicas > 1 and limits.router != "round_robin"
+    routed = limits.routed
     every = [Metrics() for _ in costs]
     logs = [RequestLog(warm_up_ns=warm_up_ns, token_times=token_times) for _ in costs]
     machines: list[SimulatedMachine] = []

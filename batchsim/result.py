@@ -20,7 +20,7 @@ DEFINITIONS = {
     "device_busy_fraction": "share of total_s in which a forward has begun on the device and not ended",
     "launch_gap_fraction": "share of total_s inside a forward in which the device waits for the next kernel launch",
     "host_busy_fraction": "share of total_s in which the host waits neither for the device nor for requests",
-    "idle_ns": "device time outside any forward, by the stage that it waited for; sums to total - busy",
+    "idle_ns": "device time outside forwards, by the stage that it waited for; sums to total - busy (mean of replicas)",
     "gain_over_sync": "throughput over that of the sync schedule, minus one",
     "stage_ms": "mean time of a host phase or a copy a step, and of a forward a step of its kind",
     "counts": "requests finished, steps, and tokens",

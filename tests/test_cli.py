@@ -327,9 +327,8 @@ def test_the_readme_names_every_key_and_every_command() -> None:
 
     readme = (ROOT / "README.md").read_text()
     workloads = [key for model in (FixedWorkload, RandomWorkload, TraceWorkload) for key in model.model_fields]
-    keys = [
-        *Scenario.model_fields, *(f"workload.{key}" for key in workloads), *(f"slo.{key}" for key in Objectives.model_fields)
-    ]  # fmt: skip
+    below = [*(f"workload.{key}" for key in workloads), *(f"slo.{key}" for key in Objectives.model_fields)]
+    keys = [*Scenario.model_fields, *below]
     assert [key for key in keys if f"`{key}`" not in readme] == []
     commands = re.findall(r"│ (\w+)  ", call("--help").stdout)
     assert {"run", "tiles", "validate", "calibrate", "schema"} <= set(commands)

@@ -23,12 +23,16 @@ from batchsim.engine import limits_of, requests_of, simulate
 from batchsim.errors import InputError
 from batchsim.iteration.engine import Iterations
 from batchsim.model import MODELS
+from batchsim.profile import load_profile
 from batchsim.records import Span
 from batchsim.result import Run, ScheduleResult, run_json
+from batchsim.scenario import load
 from batchsim.served import Int64, Served
+from batchsim.workload_scenario import TraceWorkload
 from tests.profiles import serving, small_profile
 
 PROFILE = small_profile()
+SCENARIOS = Path(__file__).parents[1] / "scenarios"
 BLOCK = 16 * MODELS["llama-3.2-1b"].kv_bytes_per_token
 # What bounds a batch, and in which order requests come to it.
 CASES: dict[str, dict[str, Any]] = {
@@ -125,6 +129,14 @@ def test_every_request_is_served_once_and_in_order(changes: dict[str, Any], sche
     one = table.output_tokens == 1
     np.testing.assert_array_equal(table.first_token_ns[one], table.finished_ns[one])
     assert (table.cached_tokens < table.prompt_tokens).all()
+
+
+@each_case
+def test_idle_time_and_busy_time_add_up(changes: dict[str, Any]) -> None:
+    for found in run(changes).results.values():
+        idle_s = sum(found.idle_ns.values()) / 1e9
+        assert idle_s + found.device_busy_fraction * found.total_s == pytest.approx(found.total_s)
+        assert all(ns > 0 for ns in found.idle_ns.values())
 
 
 @each_schedule
@@ -280,10 +292,10 @@ def test_one_slot_with_poisson_arrivals_is_the_queue_of_the_textbook() -> None:
     table = served(alone | {"workload.request_rate": None, "workload.num_prompts": 100})
     service_s = float(np.diff(table.started_ns)[0]) / 1e9
     assert np.ptp(np.diff(table.started_ns)) < 0.01 * service_s * 1e9
-    for load in (0.3, 0.6, 0.8):
-        found = result(alone | {"workload.request_rate": load / service_s, "workload.num_prompts": 300_000})
-        assert mean_ms(found, "queue") / 1e3 == pytest.approx(load * service_s / (2 * (1 - load)), rel=0.03)
-        assert 1 - found.idle_ns["no_requests"] / 1e9 / found.total_s == pytest.approx(load, rel=0.01)
+    for rho in (0.3, 0.6, 0.8):
+        found = result(alone | {"workload.request_rate": rho / service_s, "workload.num_prompts": 300_000})
+        assert mean_ms(found, "queue") / 1e3 == pytest.approx(rho * service_s / (2 * (1 - rho)), rel=0.03)
+        assert 1 - found.idle_ns["no_requests"] / 1e9 / found.total_s == pytest.approx(rho, rel=0.01)
 
 
 def test_the_urgent_wait_less() -> None:
@@ -527,3 +539,27 @@ def test_another_seed_or_replication_gives_other_requests() -> None:
     others: list[dict[str, Any]] = [{}, {"seed": 1}, {"replication": 1}]
     told = [served(where).finished_ns.tolist() for where in others]
     assert len({tuple(times) for times in told}) == 3
+
+
+# What is shipped.
+
+
+@pytest.mark.parametrize("name", ["async_1b_h200", "async_8b_h200", "nograph_3b_h200", *sorted(
+    path.stem for path in SCENARIOS.glob("serving_*.yaml")
+)])  # fmt: skip
+def test_shipped_scenarios_run_within_what_their_profiles_know(name: str) -> None:
+    scenario = load(SCENARIOS / f"{name}.yaml")
+    for found in simulate(scenario, load_profile(scenario.profile)).results.values():
+        assert not isinstance(scenario.workload, TraceWorkload)
+        assert found.counts["requests"] == scenario.workload.num_prompts
+        assert (found.unstable, found.partial, found.warnings) == (None, None, ())
+        if scenario.slo is not None:
+            assert 0.5 < (found.slo_attainment or 0) <= 1
+
+
+def test_in_the_shipped_chat_service_async_keeps_more_of_its_objectives() -> None:
+    scenario = load(SCENARIOS / "serving_chat_8b_h200.yaml")
+    told = simulate(scenario, load_profile(scenario.profile))
+    sync, async_ = (told.results[schedule].slo_attainment or 0.0 for schedule in ("sync", "async"))
+    assert async_ > sync + 0.05
+    assert np.count_nonzero(told.served["sync"].cached_tokens) > 0.99 * len(told.served["sync"].cached_tokens)

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchsim.errors import InputError
-from batchsim.traces import MAX_LINE_BYTES, MAX_PROBLEMS, Trace, TraceFormat, read_trace
+from batchsim.traces import MAX_LINE_BYTES, MAX_PROBLEMS, Trace, read_trace
 from batchsim.workload import requests_of
-from batchsim.workload_scenario import TraceWorkload
+from batchsim.workload_scenario import TraceFormat, TraceWorkload
 
 Row = tuple[int, int, int, list[int]]  # Arrival in nanoseconds, prompt and output tokens, hash ids.
 

@@ -292,7 +292,7 @@ def _arrays(
 ) -> Arrays:  # fmt: skip
     """Everything as it is before the first decision, but for the draws."""
     caching = limits.prefix_caching and asked.hash_tokens > 0 and limits.num_kv_blocks is not None
-    routed = limits.replicas > 1 and limits.router != "round_robin"
+    routed = limits.routed
     integers, floats = Layout(np.int64), Layout(np.float64)
     settings = np.zeros(1, state.SETTINGS)
     seqs, count = limits.max_num_seqs, len(asked)

@@ -13,7 +13,7 @@ __all__ = ["print_run", "write_report"]
 def write_report(path: Path, predicted: Run, measured: Run | None = None) -> None:
     """Write one self-contained HTML page to `path`, whole or not at all; it needs no network.
 
-    The same runs give the same bytes.
+    The same runs give the same bytes, but for the wall time that they took.
     """
     # plotly takes a while to import, and most commands print no page.
     from batchsim.files import write_text
