@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from batchsim.batching.continuous import kv_blocks, max_tokens
 from batchsim.costs import ProfileCosts
-from batchsim.iteration.engine import Iterations
+from batchsim.iteration.engine import FIRST_QUOTA, QUOTA, Iterations
 from batchsim.operation import Limits, operate
 from batchsim.profile import KernelCounts
 from batchsim.router import ROUTERS
@@ -202,3 +202,14 @@ def tight_cases(draw: st.DrawFn) -> Case:
 @given(tight_cases())
 def test_every_preemption_at_the_same_nanosecond(case: Case) -> None:
     assert_equal_levels(case)
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_a_run_that_outlasts_its_buffers(schedule: str) -> None:
+    """More steps than draws are kept for at once, and requests that are preempted again and again."""
+    numbers = np.random.default_rng(3)
+    columns = [numbers.integers(low, high, 1500).tolist() for low, high in ((0, 2_000_000), (1, 60), (1, 300), (0, 3))]
+    limits = Limits(max_num_seqs=40, max_num_batched_tokens=512, block_size=16, num_kv_blocks=200)
+    found = assert_equal_levels(Case(requests_of(list(zip(*columns, strict=True))), limits, schedule))
+    assert found.batch_sizes.sum() > FIRST_QUOTA + QUOTA
+    assert found.preemptions.sum() > 1500
