@@ -156,7 +156,7 @@ def simulate(
             check_requests(scenario, requests, num_kv_blocks)
             for position, schedule in enumerate(scenario.schedules):
                 tell = _scaled(progress, status, number * len(scenario.schedules) + position, total, schedule)
-                found = _serve(repetition, profile, schedule, requests, limits, tiles, tell)
+                found = _serve(repetition, profile, schedule, requests, limits, tiles, tell, watch=number == 0)
                 result = _with_requests(found, scenario, requests.dropped)
                 if tell is not None:
                     tell(result.counts["requests"], len(requests), round(result.total_s * 1e9))
@@ -209,9 +209,9 @@ def _with_requests(found: _Found, scenario: Scenario, dropped: int) -> ScheduleR
 
 def _serve(
     scenario: Scenario, profile: Profile, schedule: str, requests: Requests, limits: Limits, tiles: TileLevel | None,
-    tell: Tell | None,
+    tell: Tell | None, *, watch: bool,
 ) -> _Found:  # fmt: skip
-    """One schedule, once. `tell` takes the requests finished, of how many, and the time, nanoseconds."""
+    """One schedule, once. `watch`: keep the spans of a steady window."""
     loop = loop_name(schedule, graphs=scenario.cuda_graphs)
     if loop not in profile.loops:
         raise RunError(f"profile {profile.name} holds no costs for {loop}; it has {', '.join(profile.loops)}")
@@ -236,7 +236,7 @@ def _serve(
 
         load()
         # A little before the window, to know what reaches into it.
-        opens = max(window.first_step - 2 * WINDOW_STEPS, 0), window.from_ns
+        opens = (max(window.first_step - 2 * WINDOW_STEPS, 0), window.from_ns) if watch else None
         began = time.perf_counter()
         run = Iterations(
             requests, costs, limits, asynchronous=SCHEDULES[schedule] is async_, warm_up_ns=warm_up_ns, window=opens
@@ -255,7 +255,7 @@ def _serve(
     else:
         began = time.perf_counter()
         told = operate(
-            requests, costs, limits, schedule, observe=window, host_threads=scenario.host_threads,
+            requests, costs, limits, schedule, observe=window if watch else None, host_threads=scenario.host_threads,
             launch_queue_depth=scenario.launch_queue_depth, warm_up_ns=warm_up_ns, tell=tell,
         )  # fmt: skip
         result, served = told.totals.result(schedule, told.counts), told.served
@@ -278,8 +278,7 @@ def _compiled(scenario: Scenario, profile: Profile, schedule: str) -> bool:
     """Whether the iteration level is there and knows such runs: no launch is ever held up by a full queue."""
     if find_spec("numba") is None:
         return False
-    kernels = profile.kernels
-    launches = kernels.first + kernels.layers * (kernels.per_layer + 1) + kernels.last
+    launches = profile.kernels.total(1)  # of no batch are there more
     return SCHEDULES[schedule] in (sync, async_) and 2 * (launches + 2) <= scenario.launch_queue_depth
 
 

@@ -64,9 +64,14 @@ class RunError(BatchSimError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `word` most resembles, in any case and with `-` for `_`, or None."""
+    """The one of `known` that `word` most resembles, in any case and with `-` for `_`, or None.
+
+    Where several are close, one with the same letters goes first: a swap of two letters is one slip, which a ratio of
+    common letters counts as two.
+    """
+    word = word.lower().replace("-", "_")
     folded = {entry.lower().replace("-", "_"): entry for entry in known}
-    matches = get_close_matches(word.lower().replace("-", "_"), folded, n=1)
+    matches = sorted(get_close_matches(word, folded), key=lambda match: sorted(match) != sorted(word))
     return folded[matches[0]] if matches else None
 
 

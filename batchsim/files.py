@@ -7,23 +7,35 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+def beside(path: Path) -> tuple[BinaryIO, Path]:
+    """An open temporary file in the folder of `path`, which is made where it is missing, and its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    return os.fdopen(descriptor, "wb"), Path(temporary)
+
+
+def put(file: BinaryIO, temporary: Path, path: Path) -> None:
+    """Give a file from `beside` its name, with all that was written to it: flush, fsync, rename."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    # mkstemp makes files private; results are for others to read.
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    os.replace(temporary, path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically: temporary file in the same folder, flush, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `data` to `path` atomically."""
+    file, temporary = beside(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; results are for others to read.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+            put(file, temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -56,7 +56,7 @@ def request_figures(served: Served, slo: Slo | None = None, *, open_loop: bool =
 
     `open_loop`: requests arrive whether or not earlier ones are served, so that a queue may grow without end.
     """
-    counted = slice(int(np.searchsorted(served.arrival_ns, served.warm_up_ns)), None)
+    counted = after_warm_up(served)
     latencies = request_latencies(served, counted)
     latency_ms = {name: _statistics(values) for name, values in latencies.items() if len(values)}
     if len(served.itl_ns):
@@ -81,6 +81,11 @@ def request_figures(served: Served, slo: Slo | None = None, *, open_loop: bool =
         waiting=_waiting(served),
         unstable=_unstable(served) if open_loop else None,
     )
+
+
+def after_warm_up(served: Served) -> slice:
+    """The requests that arrived after the warm-up."""
+    return slice(int(np.searchsorted(served.arrival_ns, served.warm_up_ns)), None)
 
 
 def request_latencies(served: Served, counted: slice = slice(None)) -> dict[str, Int64 | Float64]:

@@ -97,13 +97,15 @@ class SimulatedMachine:
     def deliver(self, request: Request) -> None:
         """A request arrives now, by a router."""
         self.batcher.submit(request)
-        if self._delivered is not None:
-            self._delivered.succeed()
-            self._delivered = None
+        self._wake()
 
     def close(self) -> None:
         """No request will be delivered any more."""
         self.expects_more = False
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let a host go on that waits for a router."""
         if self._delivered is not None:
             self._delivered.succeed()
             self._delivered = None

@@ -138,13 +138,7 @@ class Metrics:
         """
         if unserved := batcher.unserved:
             raise RunError(f"{schedule}: the run ended with {unserved} requests not served to their end")
-        counts = {
-            "requests": batcher.finished,
-            "output_tokens": batcher.output_tokens,
-            "wasted_tokens": batcher.wasted_tokens,
-            "preemptions": batcher.preemptions,
-        }
-        return self.totals(total_ns).result(schedule, counts)
+        return self.totals(total_ns).result(schedule, batcher.counts)
 
 
 @dataclass(frozen=True, slots=True)

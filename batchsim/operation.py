@@ -17,7 +17,7 @@ from batchsim.records import Observer, Span
 from batchsim.request_log import RequestLog
 from batchsim.router import choose
 from batchsim.schedules import SCHEDULES
-from batchsim.served import Int64, Series, Served
+from batchsim.served import MAX_MOMENTS, Int64, Series, Served
 from batchsim.streams import Environment, Waiting
 from batchsim.workload import Requests
 
@@ -96,12 +96,11 @@ def operate(
     `tell` is told now and then how many requests have finished, of how many, and the time, nanoseconds.
     """
     env = Environment()
-    routed = limits.routed
     every = [Metrics() for _ in costs]
     logs = [RequestLog(warm_up_ns=warm_up_ns, token_times=token_times) for _ in costs]
     machines: list[SimulatedMachine] = []
     for k, each in enumerate(costs):
-        requests = iter(()) if routed else stream(asked, limits, first=k, stride=len(costs))
+        requests = iter(()) if limits.routed else stream(asked, limits, first=k, stride=len(costs))
         observers: list[Observer] = [every[k], *([observe] if k == 0 and observe is not None else [])]
         if tell is not None:
             observers.append(lambda span: _tell(span, tell, machines, len(asked)))
@@ -111,10 +110,10 @@ def operate(
                 launch_queue_depth=launch_queue_depth, log=logs[k], env=env,
             )
         )  # fmt: skip
-        machines[k].expects_more = routed
+        machines[k].expects_more = limits.routed
     programs = [machine.start(SCHEDULES[schedule]()) for machine in machines]
     owners: list[int] = [i % len(costs) for i in range(len(asked))]
-    if routed:
+    if limits.routed:
         simpy.Process(env, _route(env, asked, limits, machines, owners))
     ends_ns = [_end_ns(env, program) for program in programs]
     total_ns = max(ends_ns)
@@ -122,16 +121,12 @@ def operate(
     if unserved := sum(batcher.unserved for batcher in batchers):
         raise RunError(f"{schedule}: the run ended with {unserved} requests not served to their end")
     served = [log.served(batcher, total_ns) for log, batcher in zip(logs, batchers, strict=True)]
+    totals = _added([each.totals(end) for each, end in zip(every, ends_ns, strict=True)], total_ns)
     return Operated(
         served=_merged(served, np.array(owners, np.int64), total_ns),
-        totals=_added([each.totals(end) for each, end in zip(every, ends_ns, strict=True)], total_ns),
-        counts={
-            "requests": sum(batcher.finished for batcher in batchers),
-            "output_tokens": sum(batcher.output_tokens for batcher in batchers),
-            "wasted_tokens": sum(batcher.wasted_tokens for batcher in batchers),
-            "preemptions": sum(batcher.preemptions for batcher in batchers),
-        },
-        iterations=sum(len(each.totals(end).steps_ns) for each, end in zip(every, ends_ns, strict=True)),
+        totals=totals,
+        counts={key: sum(batcher.counts[key] for batcher in batchers) for key in batchers[0].counts},
+        iterations=len(totals.steps_ns),
         events=next(env._eid),
         token_times={key: times for log in logs for key, times in (log.token_times or {}).items()},
     )
@@ -221,12 +216,12 @@ def _merged(served: Sequence[Served], owners: Int64, total_ns: int) -> Served:
     )  # fmt: skip
 
 
-def added_series(parts: Sequence[Series], most: int = 2048) -> Series:
+def added_series(parts: Sequence[Series]) -> Series:
     """The sum of several replicas' series, at some of all their moments."""
     if len(parts) == 1:
         return parts[0]
     times = np.unique(np.concatenate([part.time_ns for part in parts]))
-    times = times[:: -(-len(times) // most) or 1]
+    times = times[:: -(-len(times) // MAX_MOMENTS) or 1]
     added = np.zeros((3, len(times)), np.int64)
     for part in parts:
         if len(part.time_ns):

@@ -10,10 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from batchsim.batching.continuous import Batch, ContinuousBatcher, Request, Slice
-from batchsim.served import Series, Served
-
-# Moments of a series at most; then every other one is dropped, and half as many are taken from there on.
-MAX_MOMENTS = 2048
+from batchsim.served import MAX_MOMENTS, Series, Served
 
 
 class Decision(NamedTuple):

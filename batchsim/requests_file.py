@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from batchsim.errors import RunError
+from batchsim.files import beside, put
 from batchsim.served import Int64, Served
 
 if TYPE_CHECKING:
@@ -55,10 +55,8 @@ class RequestsWriter:
         self._schema = _schema()
         self._pending: list[pa.Table] = []
         self._rows = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        self._temporary: Path | None = Path(temporary)
-        self._file = os.fdopen(descriptor, "wb")
+        self._file, temporary = beside(path)
+        self._temporary: Path | None = temporary
         # Of numbers that grow by little it makes half of what the default encoding makes, in a third of the time.
         encodings = dict.fromkeys(self._schema.names[1:], "DELTA_BINARY_PACKED")
         self._writer = pq.ParquetWriter(
@@ -92,14 +90,7 @@ class RequestsWriter:
             if self._rows:
                 self._write(self._rows)
             self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            # mkstemp makes files private; results are for others to read.
-            umask = os.umask(0)
-            os.umask(umask)
-            self._temporary.chmod(0o666 & ~umask)
-            os.replace(self._temporary, self.path)
+            put(self._file, self._temporary, self.path)
         except BaseException:
             self.discard()
             raise

@@ -20,7 +20,7 @@ CACHED_SHARE, BALANCE_REQUESTS, BALANCE_FACTOR = 0.3, 64, 1.5
 
 def choose(router: str, batchers: Sequence[ContinuousBatcher], request: Request) -> int:
     """The replica for a request that arrives now, by a router that looks at them."""
-    outstanding = [batcher.accepted - batcher.finished for batcher in batchers]
+    outstanding = [batcher.unserved for batcher in batchers]
     fewest, most = min(outstanding), max(outstanding)
     least = outstanding.index(fewest)
     if router == "least_outstanding" or (most - fewest > BALANCE_REQUESTS and most > BALANCE_FACTOR * fewest):

@@ -244,19 +244,21 @@ def check_requests(scenario: Scenario, requests: Requests, blocks: int) -> None:
     Raises:
         InputError: without a file; names the request by its number and lengths.
     """
+
+    def named(i: int) -> str:
+        return f"request {i:,} of {requests.prompt_tokens[i]:,} + {requests.output_tokens[i]:,} tokens"
+
     tokens = requests.prompt_tokens + requests.output_tokens + 1
     longest = int(tokens.argmax())
     need = kv_blocks(int(tokens[longest]), scenario.block_size)
-    name = f"request {longest:,} of {requests.prompt_tokens[longest]:,} + {requests.output_tokens[longest]:,} tokens"
     if need > blocks:
-        found = f"{name}, which needs {need:,} blocks of KV cache"
+        found = f"{named(longest)}, which needs {need:,} blocks of KV cache"
         raise InputError(None, "workload", found, f"requests that fit the {blocks:,} that there are")
     if not scenario.chunked_prefill:
         prefill = requests.prompt_tokens + (requests.output_tokens if scenario.preemption == "recompute" else 0)
         longest = int(prefill.argmax())
         if prefill[longest] > scenario.max_num_batched_tokens:
-            lengths = f"{requests.prompt_tokens[longest]:,} + {requests.output_tokens[longest]:,} tokens"
-            found = f"{scenario.max_num_batched_tokens:,} without chunked_prefill, and request {longest:,} of {lengths}"
+            found = f"{scenario.max_num_batched_tokens:,} without chunked_prefill, and {named(longest)}"
             wanted = f"at least {prefill[longest]:,}, what it may have to compute in one batch"
             raise InputError(None, "max_num_batched_tokens", found, wanted)
 

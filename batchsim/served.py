@@ -10,9 +10,13 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 
 
+# Moments of a series at most; then every other one is dropped, and half as many are taken from there on.
+MAX_MOMENTS = 2048
+
+
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The state of all replicas together at moments of a run, arrays of one length (at most some thousands).
+    """The state of all replicas together at moments of a run, arrays of one length, at most `MAX_MOMENTS`.
 
     `time_ns` since the run began; `running` and `waiting` requests and `kv_blocks` in use after a decision then.
     """

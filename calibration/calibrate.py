@@ -60,24 +60,10 @@ def calibrate(
     shape = MODELS[model]
     facts = provenance(device, f"batchsim calibrate --device {device} --model {model} --rounds {rounds}")
     settings = model_settings(shape, device)
-    cells = plan(
-        kv_tokens=settings["num_kv_blocks"] * BLOCK_SIZE - 64 * BLOCK_SIZE,
-        sizes=settings["graph_sizes"],
-        max_context=settings["max_model_len"] - 256,
-        prefill_tokens=settings["prefill_tokens"],
-    )
+    cells = cells_of(settings)
     partial = out.with_name(out.name + ".partial")
     store = _Store(partial, {"model": model} | {key: facts.get(key) for key in RESUMABLE}, resume=resume)
-    executor = build(
-        shape,
-        device,
-        num_kv_blocks=settings["num_kv_blocks"],
-        block_size=BLOCK_SIZE,
-        max_num_seqs=max(settings["graph_sizes"]),
-        max_num_batched_tokens=max(settings["prefill_tokens"]),
-        max_model_len=settings["max_model_len"],
-        graph_sizes=settings["graph_sizes"],
-    )
+    executor = executor_of(shape, device, settings)
     executors = {True: executor, False: Executor(executor.decoder, graphs=False)}
     with QuietCore(move=device == "cuda") as core:
         try:
@@ -127,6 +113,30 @@ def kernel_counts(decoder: Decoder) -> KernelCounts:
         per_layer=(decoder.kernels_per_forward["decode_whole"] - first - last) // layers,
         last=last,
         split_rows=max((size for size in decoder.graph_sizes if decoder.splits(size) > 1), default=0),
+    )
+
+
+def cells_of(settings: dict[str, Any]) -> list[Cell]:
+    """The cells that suit `model_settings`."""
+    return plan(
+        kv_tokens=settings["num_kv_blocks"] * BLOCK_SIZE - 64 * BLOCK_SIZE,
+        sizes=settings["graph_sizes"],
+        max_context=settings["max_model_len"] - 256,
+        prefill_tokens=settings["prefill_tokens"],
+    )
+
+
+def executor_of(shape: ModelShape, device: str, settings: dict[str, Any]) -> Executor:
+    """An executor that can run them."""
+    return build(
+        shape,
+        device,
+        num_kv_blocks=settings["num_kv_blocks"],
+        block_size=BLOCK_SIZE,
+        max_num_seqs=max(settings["graph_sizes"]),
+        max_num_batched_tokens=max(settings["prefill_tokens"]),
+        max_model_len=settings["max_model_len"],
+        graph_sizes=settings["graph_sizes"],
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,16 +73,23 @@ def run(
     only: Annotated[str, typer.Option(help="Only points whose name starts so.")] = "",
 ) -> None:
     """Execute and predict every point, and write one JSON object a point; points already there are kept."""
+    wanted = {name: scenario for name, scenario in scenarios(file).items() if name.startswith(only)}
+    for path, point in execute(wanted, out or file.parent, device, repeats, profiles):
+        _keep(path, point)
+
+
+def execute(
+    wanted: Mapping[str, Scenario], folder: Path, device: str, repeats: int, profiles: Path | None = None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Execute and predict scenarios by name: the path of each one's point in `folder`, and the point, where none is."""
     from calibration.validate import Bench, validate
 
-    folder = out or file.parent
     bench = Bench(device)
-    for name, scenario in scenarios(file).items():
+    for name, scenario in wanted.items():
         target = folder / f"{name}.json"
-        if target.exists() or not name.startswith(only):
-            continue
-        profile = _profile(scenario.profile, profiles)
-        _keep(target, validation_json(*validate(scenario, profile, device, repeats=repeats, bench=bench)))
+        if not target.exists():
+            profile = _profile(scenario.profile, profiles)
+            yield target, validation_json(*validate(scenario, profile, device, repeats=repeats, bench=bench))
 
 
 @app.command()
@@ -149,12 +156,14 @@ def stage_errors(points: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         for schedule in point["error"]:
             predicted, measured = (ScheduleResult(**point[side][schedule]) for side in ("predicted", "measured"))
             for stage, value in measured.stage_ms.items():
-                error = (predicted.stage_ms.get(stage, 0.0) - value) * occurrence(measured, stage)
+                told = predicted.stage_ms.get(stage, 0.0) * occurrence(predicted, stage)
+                error = told - value * occurrence(measured, stage)
                 stages.setdefault(stage, []).append(error / measured.step_ms["mean"] * 100)
     return stages
 
 
 def read_points(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The points in `folder` by their paths."""
     points = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     if not points:
         raise typer.BadParameter(f"{folder} holds no points")

@@ -21,7 +21,7 @@ from batchsim.files import write_json, write_text
 from batchsim.model import MODELS
 from batchsim.profile import load_profile
 from batchsim.schedules import SCHEDULES
-from calibration.cells import Cell, Samples, plan, read_samples
+from calibration.cells import Cell, Samples, read_samples
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,36 +34,23 @@ def measure(
     rounds: Annotated[int, typer.Option(help="How often each cell is run, in an order of its own.")] = 2,
 ) -> None:
     """Run every cell with prompts, and write the samples of its device stages."""
-    from calibration.calibrate import BLOCK_SIZE, model_settings
+    from calibration.calibrate import BLOCK_SIZE, cells_of, executor_of, model_settings
     from calibration.device import prepare
-    from calibration.executor import Executor, build
+    from calibration.executor import Executor
     from calibration.provenance import QuietCore, provenance
 
     prepare(device, "measure")
     shape = MODELS[model]
     settings = model_settings(shape, device)
-    blocks = settings["num_kv_blocks"]
-    executor = build(
-        shape, device, num_kv_blocks=blocks, block_size=BLOCK_SIZE, max_num_seqs=max(settings["graph_sizes"]),
-        max_num_batched_tokens=max(settings["prefill_tokens"]), max_model_len=settings["max_model_len"],
-        graph_sizes=settings["graph_sizes"],
-    )  # fmt: skip
-    cells = [
-        cell
-        for cell in plan(
-            kv_tokens=(blocks - 64) * BLOCK_SIZE, sizes=settings["graph_sizes"],
-            max_context=settings["max_model_len"] - 256, prefill_tokens=settings["prefill_tokens"],
-        )
-        if cell.chunk
-    ]  # fmt: skip
-    eager = Executor(executor.decoder, graphs=False)
+    cells = [cell for cell in cells_of(settings) if cell.chunk]
+    eager = Executor(executor_of(shape, device, settings).decoder, graphs=False)
     samples: dict[str, Samples] = {}
     with QuietCore(move=device == "cuda") as core:
         for round_ in range(rounds):
             random.Random(round_).shuffle(cells)
             for cell in cells:
                 core.settle()
-                batcher = cell.batcher(block_size=BLOCK_SIZE, num_kv_blocks=blocks)
+                batcher = cell.batcher(block_size=BLOCK_SIZE, num_kv_blocks=settings["num_kv_blocks"])
                 found = read_samples(eager.run(SCHEDULES[cell.schedule](), batcher).spans, cell)
                 kept = samples.setdefault(cell.key, {"prefill": [], "launch": []})
                 for stage, values in kept.items():

@@ -8,7 +8,7 @@ python -m calibration.serving table calibration/validation/serving
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +17,9 @@ import typer
 
 from batchsim.files import write_json
 from batchsim.profile import load_profile
-from batchsim.result import ScheduleResult, occurrence, validation_json
 from batchsim.scenario import Scenario
 from batchsim.yaml_loader import load as load_yaml
-from calibration.points import PROFILES, Folder, read_points
+from calibration.points import PROFILES, Folder, execute, read_points, stage_errors
 from calibration.predict import predict_again
 
 LATENCIES = ("ttft", "tpot", "e2e")
@@ -50,16 +49,9 @@ def run(
     only: Annotated[str, typer.Option(help="Only points whose name starts so.")] = "",
 ) -> None:
     """Execute and predict every point, and write one JSON object a point; points already there are kept."""
-    from calibration.validate import Bench, validate
-
-    folder = out or file.parent
-    bench = Bench(device)
-    for name, scenario in scenarios(file).items():
-        target = folder / f"{name}.json"
-        if target.exists() or not name.startswith(only):
-            continue
-        profile = load_profile(scenario.profile)
-        _keep(target, validation_json(*validate(scenario, profile, device, repeats=repeats, bench=bench)))
+    wanted = {name: scenario for name, scenario in scenarios(file).items() if name.startswith(only)}
+    for path, point in execute(wanted, out or file.parent, device, repeats):
+        _keep(path, point)
 
 
 @app.command()
@@ -108,23 +100,6 @@ def summary(points: Sequence[dict[str, Any]]) -> list[str]:
     largest = queue[np.argmax(np.abs(queue))]
     lines.append(f"Queue, mean, in % of the mean TTFT: median {np.median(queue):+.1f}, largest {largest:+.1f}")
     return lines
-
-
-def stage_errors(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For each stage of the host and the device its signed error in every run, in percent of the mean step."""
-    found: dict[str, list[float]] = {}
-    for point in points:
-        for predicted, measured in _pairs(point):
-            for stage, value in measured.stage_ms.items():
-                told = predicted.stage_ms.get(stage, 0.0) * occurrence(predicted, stage)
-                error = told - value * occurrence(measured, stage)
-                found.setdefault(stage, []).append(error / measured.step_ms["mean"] * 100)
-    return {stage: np.array(errors) for stage, errors in found.items()}
-
-
-def _pairs(point: dict[str, Any]) -> Iterator[tuple[ScheduleResult, ScheduleResult]]:
-    for schedule, measured in point["measured"].items():
-        yield ScheduleResult(**point["predicted"][schedule]), ScheduleResult(**measured)
 
 
 def _queue_error(point: dict[str, Any], schedule: str) -> float:

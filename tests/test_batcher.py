@@ -20,8 +20,8 @@ from batchsim.batching.continuous import (
     attended_pairs,
     block_hashes,
     kv_blocks,
-    uniform_requests,
 )
+from tests.requests import uniform_requests
 
 TICK_NS = 10  # from one decision to the next
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from batchsim.batching.continuous import Batch, ContinuousBatcher, uniform_requests
+from batchsim.batching.continuous import Batch, ContinuousBatcher
 from batchsim.costs import ProfileCosts
 from batchsim.machine import Burst, Costs, Latencies, SimulatedMachine
 from batchsim.metrics import Metrics
@@ -18,6 +18,7 @@ from batchsim.result import ScheduleResult
 from batchsim.schedules import SCHEDULES
 from calibration.cells import Cell, Samples, plan, read_samples
 from calibration.fit import fit_profile
+from tests.requests import uniform_requests
 
 SIZES = (1, 2, 6, 10, 32, 80)
 TILE = 64

@@ -7,9 +7,10 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchsim.batching.continuous import Batch, ContinuousBatcher, Request, uniform_requests
+from batchsim.batching.continuous import Batch, ContinuousBatcher, Request
 from batchsim.machine import Burst, Latencies
 from tests.costs import FixedCosts, graph, run
+from tests.requests import uniform_requests
 
 times = st.integers(1, 10_000)
 

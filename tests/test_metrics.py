@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchsim.batching.continuous import ContinuousBatcher, uniform_requests
+from batchsim.batching.continuous import ContinuousBatcher
 from batchsim.engine import WINDOW_STEPS, Window
 from batchsim.errors import RunError
 from batchsim.machine import Burst, Latencies
@@ -17,6 +17,7 @@ from batchsim.metrics import Metrics
 from batchsim.records import Span
 from batchsim.result import ScheduleResult
 from tests.costs import FixedCosts, graph, run
+from tests.requests import uniform_requests
 from tests.test_machine import batcher_for, costs, requests
 
 

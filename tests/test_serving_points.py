@@ -11,9 +11,9 @@ import pytest
 
 from batchsim.profile import load_profile
 from batchsim.scenario import Scenario
-from calibration.points import read_points
+from calibration.points import read_points, stage_errors
 from calibration.predict import predict_again
-from calibration.serving import LATENCIES, scenarios, stage_errors
+from calibration.serving import LATENCIES, scenarios
 
 FOLDER = Path(__file__).parents[1] / "calibration" / "validation" / "serving"
 POINTS = {path.stem: point for path, point in read_points(FOLDER).items()}

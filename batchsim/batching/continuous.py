@@ -52,11 +52,6 @@ class Request:
     def finished(self) -> bool:
         return self.generated >= self.output_tokens
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Where it stands in the queue: by priority, then by arrival."""
-        return self.priority, self.id
-
 
 @dataclass(slots=True)
 class Slice:
@@ -183,6 +178,16 @@ class ContinuousBatcher:
         """Requests that have arrived and are not finished."""
         return self.accepted - self.finished
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Requests finished and tokens, as `Totals.result` takes them."""
+        return {
+            "requests": self.finished,
+            "output_tokens": self.output_tokens,
+            "wasted_tokens": self.wasted_tokens,
+            "preemptions": self.preemptions,
+        }
+
     def queued(self) -> Iterable[Request]:
         """The requests that wait, in no order."""
         return (entry[-1] for entry in self._queue)
@@ -266,7 +271,7 @@ class ContinuousBatcher:
     def _arrive(self, now_ns: int) -> None:
         """Let in what has arrived."""
         while (request := self._next) is not None and request.arrival_ns <= now_ns:
-            if self.max_concurrency is not None and self.accepted - self.finished >= self.max_concurrency:
+            if self.max_concurrency is not None and self.unserved >= self.max_concurrency:
                 return
             if self.closed:
                 request.arrival_ns = now_ns
@@ -275,7 +280,11 @@ class ContinuousBatcher:
 
     def _wait(self, request: Request) -> None:
         request.waits = True
-        heappush(self._queue, (request.priority if self.by_priority else 0, request.id, request))
+        heappush(self._queue, (*self._rank(request), request))
+
+    def _rank(self, request: Request) -> tuple[int, int]:
+        """Where a request stands: by priority where that counts, then by arrival."""
+        return request.priority if self.by_priority else 0, request.id
 
     def _decode(self) -> tuple[list[Slice], int, list[Request]]:
         """A token for each decoding request: slices, the tokens that they attend to, and whose blocks are full."""
@@ -347,7 +356,7 @@ class ContinuousBatcher:
 
     def _preempt(self) -> Request:
         """Take the blocks of the request that stands last."""
-        victim = max(self.running, key=lambda request: (request.priority if self.by_priority else 0, request.id))
+        victim = max(self.running, key=self._rank)
         self.running.remove(victim)
         self.pool.give(victim.blocks)
         victim.blocks, victim.scheduled = [], 0
@@ -418,8 +427,3 @@ def block_hashes(ids: Sequence[int], tokens_per_id: int, prompt_tokens: int, blo
     filled = min(prompt_tokens, len(ids) * tokens_per_id) // block_size
     lasts = ((block + 1) * block_size - 1 for block in range(filled))
     return [ids[last // tokens_per_id] * tokens_per_id + last % tokens_per_id for last in lasts]
-
-
-def uniform_requests(num_prompts: int, prompt_tokens: int, output_tokens: int) -> Sequence[Request]:
-    """`num_prompts` equal requests, all present at the start."""
-    return [Request(i, prompt_tokens, output_tokens) for i in range(num_prompts)]

@@ -14,7 +14,8 @@ import numpy as np
 
 from batchsim.iteration import cache
 from batchsim.iteration.compiled import Bool, Int, njit
-from batchsim.iteration.state import DECODING, FINISHED, MAX_MOMENTS, NEVER, PREFILLING, WAITING
+from batchsim.iteration.state import DECODING, FINISHED, NEVER, PREFILLING, WAITING
+from batchsim.served import MAX_MOMENTS
 
 
 @njit
@@ -214,20 +215,27 @@ def _make_room(s: Any, c: Any, rq: Any, m: Any) -> Bool:
 
 
 @njit
-def _admit(s: Any, c: Any, rq: Any, m: Any, number: Int, budget: Int) -> Bool:
-    """Give a waiting request its first blocks, if they and the tokens that it needs at once are there."""
-    r = rq[number]
-    size = c.block_size
-    prefill_len = r.prompt_tokens + r.generated
+def _cached(s: Any, c: Any, m: Any, r: Any, prefill_len: Int) -> tuple[Int, Int]:
+    """The cached blocks that a request may begin with, leaving a token to compute; and those that no one uses."""
     shared = unused = 0
     if c.prefix_caching:
-        most = min((prefill_len - 1) // size, min(r.prompt_tokens, r.hashes * c.hash_tokens) // size)
+        most = min(prefill_len - 1, r.prompt_tokens, r.hashes * c.hash_tokens) // c.block_size
         while shared < most:
             entry = cache.find(s, m, cache.block_key(c, m, r, shared))
             if entry < 0:
                 break
             unused += m[entry + cache.USERS] == 0
             shared += 1
+    return shared, unused
+
+
+@njit
+def _admit(s: Any, c: Any, rq: Any, m: Any, number: Int, budget: Int) -> Bool:
+    """Give a waiting request its first blocks, if they and the tokens that it needs at once are there."""
+    r = rq[number]
+    size = c.block_size
+    prefill_len = r.prompt_tokens + r.generated
+    shared, unused = _cached(s, c, m, r, prefill_len)
     context = shared * size
     left = prefill_len - context
     if left > budget and not c.chunked_prefill:
@@ -427,8 +435,4 @@ def _keep_tokens(s: Any, c: Any, rq: Any, m: Any, f: Any, end_ns: Int) -> None:
 def cached_blocks(s: Any, c: Any, rq: Any, m: Any, number: Int) -> Int:
     """Blocks of a request's prompt that this replica has cached."""
     r = rq[number]
-    most = min((r.prompt_tokens - 1) // c.block_size, r.hashes * c.hash_tokens // c.block_size)
-    for block in range(most):
-        if cache.find(s, m, cache.block_key(c, m, r, block)) < 0:
-            return block
-    return most
+    return _cached(s, c, m, r, r.prompt_tokens)[0]

@@ -35,12 +35,13 @@ def entry(function: Function) -> Function:
 
 
 def sources_digest() -> int:
-    """A number for the state of this package's sources.
+    """A number for the state of this package's sources, and of those that hold constants for it.
 
     numba keeps compiled code until the file of its outermost function changes, and does not look at the files of what
     that one calls. A function that closes over this number is compiled anew when any of them changes.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    for path in (*sorted(folder.glob("*.py")), folder.parent / "router.py", folder.parent / "served.py"):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:7], "big")

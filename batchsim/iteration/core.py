@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batchsim.iteration import batcher
-from batchsim.iteration.compiled import Int, entry, njit, sources_digest
+from batchsim.iteration.compiled import Bool, Int, entry, njit, sources_digest
 from batchsim.iteration.machine import (
     NO_STEP,
     attribute,
@@ -24,17 +24,24 @@ from batchsim.iteration.state import (
     DONE,
     NEVER,
     PAUSED,
-    PREFIX_AWARE,
     QUOTA,
     SCHEDULE,
     UPDATE,
 )  # fmt: skip
-from batchsim.router import BALANCE_FACTOR, BALANCE_REQUESTS, CACHED_SHARE
+from batchsim.router import BALANCE_FACTOR, BALANCE_REQUESTS, CACHED_SHARE, ROUTERS
+
+PREFIX_AWARE = ROUTERS.index("prefix_aware")
 
 
 @njit
 def _flight(s: Any, flights: Any, step: Int) -> Any:
     return flights[2 * s.number + (step & 1)]
+
+
+@njit
+def _awaits_router(s: Any) -> Bool:
+    """Whether a replica has nothing to run or to read, and a router may bring something."""
+    return s.more and s.running == 0 and s.waiting == 0 and s.unread < 0
 
 
 @njit
@@ -101,7 +108,7 @@ def _advance(s: Any, c: Any, rq: Any, flights: Any, m: Any, x: Any, until: Int) 
         if s.at == AT_UPDATE:
             _read(s, c, rq, flights, m, x)
             continue
-        if s.more and s.running == 0 and s.waiting == 0 and s.unread < 0:
+        if _awaits_router(s):
             return PAUSED
         if s.quota == 0 or s.extras + c.max_num_seqs > c.extras_size:
             return QUOTA
@@ -150,7 +157,7 @@ def _route(replicas: Any, c: Any, rq: Any, flights: Any, m: Any, x: Any) -> Int:
         c.routed_ns = now
     for k in range(len(replicas)):
         s = replicas[k]
-        if s.more and s.running == 0 and s.waiting == 0 and s.unread < 0 and s.at != AT_UPDATE:
+        if _awaits_router(s):
             _idle(s, c, m, c.routed_ns)
         s.more = 0
     return DONE

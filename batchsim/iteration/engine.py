@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class Layout:
         return np.concatenate(self._parts)
 
 
+@cache
 def load() -> None:
     """Bring in the compiled engine: compiled now if it never was on this machine, which takes some seconds."""
     import numba
@@ -171,7 +173,7 @@ class Iterations:
             busy_ns=self._sum("busy_ns"),
             gap_ns=self._sum("gap_ns"),
             no_requests_ns=stage_ns[no_requests] + ended,
-            steps_ns=np.concatenate([part for parts in self._steps for part in parts] or [_none()]),
+            steps_ns=_joined(self._steps),
             replicas=len(replicas),
         )
 
@@ -184,8 +186,7 @@ class Iterations:
         # Of those that still run, what has been read: nothing of steps that were not.
         read = self.arrays.replicas["updates"][rows["replica"]] - rows["decodes_from"] + 1
         generated[decoding] += np.maximum(read[decoding], 0)
-        steps = np.concatenate([part for parts in self._steps for part in parts] or [_none()])
-        weights = np.concatenate([part for parts in self._weights for part in parts] or [_none()])
+        steps, weights = _joined(self._steps), _joined(self._weights)
         extras = np.concatenate(self._extras or [_none()])
         kept = weights > 0
 
@@ -286,13 +287,17 @@ def _none() -> Int64:
     return np.empty(0, np.int64)
 
 
+def _joined(replicas: Sequence[Sequence[Int64]]) -> Int64:
+    """What was drained of each replica, one after the other."""
+    return np.concatenate([part for parts in replicas for part in parts] or [_none()])
+
+
 def _arrays(
     asked: Requests, costs: ProfileCosts, limits: Limits, asynchronous: bool, warm_up_ns: int,
     window: tuple[int, int] | None, token_times: bool,
 ) -> Arrays:  # fmt: skip
     """Everything as it is before the first decision, but for the draws."""
     caching = limits.prefix_caching and asked.hash_tokens > 0 and limits.num_kv_blocks is not None
-    routed = limits.routed
     integers, floats = Layout(np.int64), Layout(np.float64)
     settings = np.zeros(1, state.SETTINGS)
     seqs, count = limits.max_num_seqs, len(asked)
@@ -316,7 +321,7 @@ def _arrays(
         "closed": asked.closed,
         "warm_up_ns": warm_up_ns,
         "router": ROUTERS.index(limits.router),
-        "next_routed": 0 if routed else count,
+        "next_routed": 0 if limits.routed else count,
         "keep_tokens": token_times,
         "tokens_size": tokens_size,
         "extras_size": extras_size,
@@ -345,7 +350,8 @@ def _arrays(
             "extras_at": integers.room(extras_size),
             "tokens_at": integers.room(2 * tokens_size),
             "log_at": integers.room(state.LOG_COLUMNS * log_rows),
-            "number": k, "next": k, "stop": 0 if routed else count, "stride": limits.replicas, "more": routed,
+            "number": k, "next": k, "stop": 0 if limits.routed else count, "stride": limits.replicas,
+            "more": limits.routed,
             "next_finish": int(NEVER), "moment_stride": 1, "slots_mask": slots - 1,
             **dict.fromkeys(("unread", "partial", "oldest", "newest", "log_step"), -1),
             # As in batchsim.streams: the first command of a stream pays no gap.

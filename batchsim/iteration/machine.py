@@ -83,7 +83,7 @@ def phase(s: Any, c: Any, m: Any, x: Any, f: Any, stage: Int) -> None:
 @njit
 def bare_phase(s: Any, c: Any, m: Any, x: Any, stage: Int) -> None:
     """A host phase that no batch belongs to."""
-    spend(s, c, m, NO_STEP, stage, _host_ns(s, c, x, stage, 0, 0, 0))
+    spend(s, c, m, NO_STEP, stage, _host_ns(s, c, x, stage, ZERO, ZERO, ZERO))
 
 
 @njit

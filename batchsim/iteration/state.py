@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from batchsim.served import MAX_MOMENTS
+
 # Draws, one stream each.
 NAMES = (
     "schedule", "build_inputs", "copy_in", "launch", "copy_out", "record", "stream_wait", "wait", "update",
@@ -32,11 +34,8 @@ NEVER = np.int64(np.iinfo(np.int64).max)
 # The state of a request.
 COMING, WAITING, PREFILLING, DECODING, FINISHED = range(5)
 
-ROUND_ROBIN, LEAST_OUTSTANDING, PREFIX_AWARE = range(3)
-
 RECENT = 128  # host spans remembered, a power of two: more than three steps have
 COPIES = 8  # copies remembered, each way
-MAX_MOMENTS = 2048
 LOG_COLUMNS = 6
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from batchsim.latency import Float64, Slo, request_latencies
+from batchsim.latency import Float64, Slo, after_warm_up, request_latencies
 from batchsim.report.figures import ACROSS, layout
 from batchsim.report.html import plot, section
 from batchsim.report.shown import LATENCY_NAMES
@@ -62,12 +62,7 @@ def sections(predicted: Run, measured: Run | None) -> tuple[dict[str, go.Figure]
 
 def latencies(lines: Sequence[_Line], slo: Slo | None) -> dict[str, go.Figure]:
     """Cumulative distributions, one picture a latency, one line a schedule and run."""
-    samples = [
-        request_latencies(
-            line.served, slice(int(np.searchsorted(line.served.arrival_ns, line.served.warm_up_ns)), None)
-        )
-        for line in lines
-    ]
+    samples = [request_latencies(line.served, after_warm_up(line.served)) for line in lines]
     plots = {}
     for latency in _DRAWN:
         figure = go.Figure()
