@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from batchsim.batching.continuous import Batch
+from batchsim.batching.batch import AnyBatch
 from batchsim.machine import Burst, Latencies
 from batchsim.operations import KernelSync
 from batchsim.profile import DecodeCurve, PhaseFit, Profile
@@ -83,15 +83,19 @@ class ProfileCosts:
             wake_up_ns=round(loop.wake_up_ns * self.scale),
         )
 
-    def host_ns(self, phase: str, batch: Batch | None) -> int:
+    def host_ns(self, phase: str, batch: AnyBatch | None) -> int:
         """See `batchsim.machine.Costs`."""
         return self._host_time(phase, batch)
 
-    def copy_ns(self, phase: str, batch: Batch) -> int:  # noqa: ARG002
+    def copy_ns(self, phase: str, batch: AnyBatch) -> int:
         """See `batchsim.machine.Costs`."""
-        return self.loop.copy_in_device_ns if phase == "copy_in" else self.loop.copy_out_device_ns
+        loop, seqs = self.loop, batch.num_seqs
+        if phase == "copy_in":
+            more_ns = loop.copy_in_device_seq_ns * seqs + loop.copy_in_device_token_ns * batch.num_tokens
+            return round(loop.copy_in_device_ns + more_ns)
+        return round(loop.copy_out_device_ns + loop.copy_out_device_seq_ns * seqs)
 
-    def launch(self, batch: Batch, kernels: KernelSync = "stream") -> Sequence[Burst]:
+    def launch(self, batch: AnyBatch, kernels: KernelSync = "stream") -> Sequence[Burst]:
         """See `batchsim.machine.Costs`: one burst for a graph, else one a layer and one before and after them."""
         if not self.overlaps:
             forward_ns = self.prefill_ns(batch) if batch.prefill_tokens else self.decode_ns(batch)
@@ -109,23 +113,26 @@ class ProfileCosts:
         rows = self._curve(batch.num_seqs).size
         return self.kernels.bursts(rows, launch_ns, device_ns, self.device.outer_share, saved.launches)
 
-    def _saved(self, batch: Batch) -> Saved:
+    def _saved(self, batch: AnyBatch) -> Saved:
         """What tile synchronisation takes off the forward."""
         if self._tiles is None:
             return NOTHING_SAVED
         return self._tiles.saved(batch.num_tokens if batch.prefill_tokens else self._curve(batch.num_seqs).size)
 
-    def decode_ns(self, batch: Batch) -> int:
-        """Device time of a decode forward, nanoseconds."""
+    def decode_ns(self, batch: AnyBatch) -> int:
+        """Device time of a forward without prompts, or of a service's, nanoseconds."""
         curve = self._curve(batch.num_seqs)
         kv_tokens = batch.kv_tokens
+        if batch.stage == "forward":
+            # Padded rows are as long as the others: a service's curves are by the tokens of all rows.
+            kv_tokens = kv_tokens // batch.num_seqs * max(curve.size, batch.num_seqs)
         low, high = curve.kv_tokens[0], curve.kv_tokens[-1]
         if not low * 0.5 <= kv_tokens <= high * 1.02:
             self.note_context(curve, kv_tokens)
         ns = curve.at(kv_tokens) + self.device.beyond_ns(batch.num_seqs)
         return round(ns * self._ratio("decode"))
 
-    def prefill_ns(self, batch: Batch) -> int:
+    def prefill_ns(self, batch: AnyBatch) -> int:
         """Device time of a forward with prompt tokens, nanoseconds."""
         fit = self.device.prefill
         if batch.num_tokens > fit.num_tokens[-1]:
@@ -187,8 +194,10 @@ class ProfileCosts:
             self._draws[name] = self.draws(name)
         return self._draws[name].next()
 
-    def _host_time(self, name: str, batch: Batch | None) -> int:
+    def _host_time(self, name: str, batch: AnyBatch | None) -> int:
         fit = self.host_fit(name)
         # None: a scheduling call that found nothing to run.
-        ns = fit.step_ns if batch is None else fit.linear_ns(batch.num_seqs, batch.prefill_tokens, batch.admitted)
+        ns = fit.step_ns
+        if batch is not None:
+            ns = fit.linear_ns(batch.num_seqs, batch.prefill_tokens, batch.admitted, batch.num_tokens)
         return round(ns * self._ratio(name) * self.scale)

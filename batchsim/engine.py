@@ -323,10 +323,7 @@ def tile_level_of(scenario: Scenario, profile: Profile) -> TileLevel | None:
 
 def with_gains(results: dict[str, ScheduleResult]) -> dict[str, ScheduleResult]:
     """The results, each with its gain over the sync schedule's throughput where that is among them."""
-    if "sync" not in results:
+    base = results["sync"].throughput if "sync" in results else 0.0
+    if not base:
         return results
-    base = results["sync"].throughput_tokens_per_s
-    return {
-        name: replace(result, gain_over_sync=result.throughput_tokens_per_s / base - 1)
-        for name, result in results.items()
-    }
+    return {name: replace(result, gain_over_sync=result.throughput / base - 1) for name, result in results.items()}

@@ -27,11 +27,15 @@ _MS = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Service level objectives of each request, upper bounds in ms; None: no bound. One token has no TPOT to bound."""
+    """Service level objectives of each request, upper bounds in ms; None: no bound. One token has no TPOT to bound.
+
+    `queue_ms` is for dynamic batching alone, which knows neither TTFT nor TPOT.
+    """
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     e2e_ms: float | None = None
+    queue_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,9 @@ def request_figures(served: Served, slo: Slo | None = None, *, open_loop: bool =
     """
     counted = after_warm_up(served)
     latencies = request_latencies(served, counted)
-    latency_ms = {name: _statistics(values) for name, values in latencies.items() if len(values)}
+    latency_ms = {name: statistics(values) for name, values in latencies.items() if len(values)}
     if len(served.itl_ns):
-        latency_ms["itl"] = _statistics(served.itl_ns, served.itl_count)
+        latency_ms["itl"] = statistics(served.itl_ns, served.itl_count)
     throughput = goodput = attainment = None
     seconds = (served.total_ns - served.warm_up_ns) / 1e9
     if seconds > 0:
@@ -76,10 +80,10 @@ def request_figures(served: Served, slo: Slo | None = None, *, open_loop: bool =
         throughput_requests_per_s=throughput,
         goodput_requests_per_s=goodput,
         slo_attainment=attainment,
-        batch_size=_batch_size(served.batch_sizes),
+        batch_size=batch_size_figures(served.batch_sizes),
         kv_use=_kv_use(served),
-        waiting=_waiting(served),
-        unstable=_unstable(served) if open_loop else None,
+        waiting=waiting_figures(served.arrival_ns, served.started_ns, served.warm_up_ns, served.total_ns),
+        unstable=unstable(served.arrival_ns, served.started_ns, served.total_ns) if open_loop else None,
     )
 
 
@@ -134,7 +138,8 @@ def _where(values: Int64, wanted: Bools) -> Int64:
     return values if wanted.all() else values[wanted]
 
 
-def _statistics(values_ns: Int64 | Float64, counts: Int64 | None = None) -> dict[str, float]:
+def statistics(values_ns: Int64 | Float64, counts: Int64 | None = None) -> dict[str, float]:
+    """Mean and quantiles, ms, of `values_ns`, each `counts` times."""
     if counts is None:
         mean = float(values_ns.mean())
     else:
@@ -155,7 +160,8 @@ def _meets(served: Served, slo: Slo) -> Bools:
     return good
 
 
-def _batch_size(steps_of: Int64) -> dict[str, float]:
+def batch_size_figures(steps_of: Int64) -> dict[str, float]:
+    """Mean, quantiles and maximum of batch sizes, of which `steps_of[n]` were n."""
     sizes = np.flatnonzero(steps_of)
     if not len(sizes):
         return {}
@@ -177,30 +183,28 @@ def _kv_use(served: Served) -> dict[str, float]:
     return {"mean": mean / served.kv_blocks, "max": int(used.max()) / served.kv_blocks}
 
 
-def _waiting(served: Served) -> dict[str, float]:
-    """The number of requests that have arrived and not started, from the warm-up to the end of the run."""
-    first_ns, last_ns = served.warm_up_ns, served.total_ns
+def waiting_figures(arrival_ns: Int64, started_ns: Int64, first_ns: int, last_ns: int) -> dict[str, float]:
+    """The number of requests that have arrived and not started (-1: never), from one moment to another."""
     if last_ns <= first_ns:
         return {}
-    started_ns = np.where(served.started_ns < 0, last_ns, served.started_ns)
-    waited_ns = np.clip(started_ns, first_ns, last_ns) - np.clip(served.arrival_ns, first_ns, last_ns)
+    waited_ns = np.clip(np.where(started_ns < 0, last_ns, started_ns), first_ns, last_ns)
+    waited_ns -= np.clip(arrival_ns, first_ns, last_ns)
     # It only grows at an arrival, so that its maximum is right after one, or at the start.
-    moments = np.append(served.arrival_ns[np.searchsorted(served.arrival_ns, first_ns) :], first_ns)
-    longest = _waiting_at(served, moments).max()
+    moments = np.append(arrival_ns[np.searchsorted(arrival_ns, first_ns) :], first_ns)
+    longest = waiting_at(arrival_ns, started_ns, moments).max()
     return {"mean": float(waited_ns.sum(dtype=np.float64)) / (last_ns - first_ns), "max": float(longest)}
 
 
-def _waiting_at(served: Served, moments_ns: Int64) -> Int64:
-    """How many requests have arrived by each moment, itself included, and not started by then."""
-    started = served.started_ns
-    started = started[started >= 0]
+def waiting_at(arrival_ns: Int64, started_ns: Int64, moments_ns: Int64) -> Int64:
+    """How many requests have arrived by each moment, itself included, and not started (-1: never) by then."""
+    started = started_ns[started_ns >= 0]
     if (np.diff(started) < 0).any():
         started = np.sort(started)
-    arrived = np.searchsorted(served.arrival_ns, moments_ns, side="right")
+    arrived = np.searchsorted(arrival_ns, moments_ns, side="right")
     return np.asarray(arrived - np.searchsorted(started, moments_ns, side="right"), np.int64)
 
 
-def _unstable(served: Served) -> str | None:
+def unstable(arrival_ns: Int64, started_ns: Int64, total_ns: int) -> str | None:
     """A sentence if the queue grew for as long as requests arrived, by more than chance explains.
 
     At full load the queue wanders: after n arrivals by a standard deviation of about c sqrt(n), where c is the
@@ -208,12 +212,12 @@ def _unstable(served: Served) -> str | None:
     last request arrives, have grown by 3% of the arrivals in the second half of the arrivals' time, and grown in
     each half of that half.
     """
-    arrival = served.arrival_ns[: np.searchsorted(served.arrival_ns, served.total_ns, side="right")]
+    arrival = arrival_ns[: np.searchsorted(arrival_ns, total_ns, side="right")]
     if len(arrival) < 2 or arrival[-1] == arrival[0]:
         return None
     begin, end = int(arrival[0]), int(arrival[-1])
     half, later = (begin + end) // 2, (begin + 3 * end) // 4
-    at_half, at_later, at_end = (int(n) for n in _waiting_at(served, np.array([half, later, end])))
+    at_half, at_later, at_end = waiting_at(arrival, started_ns, np.array([half, later, end])).tolist()
     arrivals = len(arrival) - int(np.searchsorted(arrival, half, side="right"))
     growth = at_end - at_half
     between = np.diff(arrival)

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 import simpy
 
-from batchsim.batching.continuous import Batch, ContinuousBatcher, Request
+from batchsim.batching.batch import AnyBatch, BatchLog, Batcher
 from batchsim.operations import (
     BuildInputs, CopyIn, CopyOut, Forward, KernelSync, Program, Record, Schedule, StreamWait, Synchronize, Update,
 )  # fmt: skip
 from batchsim.records import Lane, Observer, Span
-from batchsim.request_log import RequestLog
 from batchsim.streams import (
-    Burst, Copy, Engine, Environment, HostThreads, Kernels, Latencies, LaunchQueue, Waiting, Recording, Stream, Wait,
+    Burst, Copy, Device, Environment, HostThreads, Kernels, Latencies, LaunchQueue, Recording, Stream, Wait,
+    Waiting,
 )  # fmt: skip
 
 __all__ = ["Burst", "Costs", "Latencies", "SimulatedMachine"]
@@ -34,15 +34,15 @@ class Costs(Protocol):
     @property
     def latencies(self) -> Latencies: ...
 
-    def host_ns(self, phase: str, batch: Batch | None) -> int:
+    def host_ns(self, phase: str, batch: AnyBatch | None) -> int:
         """Host time of one phase; for `schedule` the batch that it formed. `launch` is asked of `launch`."""
         ...
 
-    def copy_ns(self, phase: str, batch: Batch) -> int:
+    def copy_ns(self, phase: str, batch: AnyBatch) -> int:
         """Device time of the copy `copy_in` or `copy_out` for this batch."""
         ...
 
-    def launch(self, batch: Batch, kernels: KernelSync) -> Sequence[Burst]:
+    def launch(self, batch: AnyBatch, kernels: KernelSync) -> Sequence[Burst]:
         """The launches of one forward, in order; its kernels synchronised by `kernels`."""
         ...
 
@@ -51,36 +51,39 @@ class SimulatedMachine:
     """Runs programs against a batcher.
 
     `observe` is told of host spans and copies as they begin, and of forwards as they end; `log` of decisions and
-    updates. `env` is the environment of machines that serve together, each with a batcher of its own (`deliver`).
+    updates. `env` is the environment of machines that serve together, each with a batcher of its own (`deliver`) or all
+    of them with one; `device` and `threads` are what they share, where they share a device and the host's threads.
     """
 
     def __init__(
         self,
-        batcher: ContinuousBatcher,
+        batcher: Batcher,
         costs: Costs,
         observe: Observer,
         *,
         host_threads: int = 1,
         launch_queue_depth: int = 1024,
-        log: RequestLog | None = None,
+        log: BatchLog | None = None,
         env: Environment | None = None,
+        device: Device | None = None,
+        threads: HostThreads | None = None,
     ) -> None:
         self.env = env or Environment()
         self.log = log
         self.batcher = batcher
         self.costs = costs
         self.observe = observe
-        self._threads = HostThreads(self.env, host_threads)
+        self._threads = threads or HostThreads(self.env, host_threads)
         self._queue = LaunchQueue(self.env, launch_queue_depth)
         self._streams = {
             name: Stream(self.env, costs.latencies, self._queue, observe) for name in ("compute", "copy_in", "copy_out")
         }
-        self._engines: dict[Lane, Engine] = {"copy_in": Engine(), "copy_out": Engine()}
+        self._device = device or Device()
         self._recordings: dict[str, Recording] = {}
         self._in_flight = 0
         self._delivered: simpy.Event | None = None
         self.expects_more = False  # whether requests may still be delivered
-        self._effects: dict[type, Callable[[Any], Batch | None]] = {
+        self._effects: dict[type, Callable[[Any], AnyBatch | None]] = {
             BuildInputs: self._build_inputs, CopyIn: self._copy, CopyOut: self._copy,
             Record: self._record, StreamWait: self._stream_wait,
         }  # fmt: skip
@@ -94,7 +97,7 @@ class SimulatedMachine:
         """Begin to run `program`; the process ends with the time that it took."""
         return simpy.Process(self.env, self._drive(program))
 
-    def deliver(self, request: Request) -> None:
+    def deliver(self, request: Any) -> None:
         """A request arrives now, by a router."""
         self.batcher.submit(request)
         self._wake()
@@ -114,7 +117,7 @@ class SimulatedMachine:
         """One host thread: every operation takes effect as it begins, and then costs its time."""
         env, host_ns, observe, effects = self.env, self.costs.host_ns, self.observe, self._effects
         yield from self._threads.take()
-        answer: Batch | None = None
+        answer: AnyBatch | None = None
         while True:
             try:
                 operation = program.send(answer)
@@ -144,12 +147,14 @@ class SimulatedMachine:
         self._threads.give()
         return env.now
 
-    def _decide(self) -> Generator[simpy.Event, Any, Batch | None]:
+    def _decide(self) -> Generator[simpy.Event, Any, AnyBatch | None]:
         """Ask the batcher; where there is nothing to run and nothing to read, wait for the next request."""
         env, batcher = self.env, self.batcher
-        batch = batcher.schedule(env.now)
+        batch: AnyBatch | None = batcher.schedule(env.now)
         start = env.now
-        while batch is None and not self._in_flight and (self.expects_more or (batcher.next_arrival_ns or 0) > env.now):
+        while batch is None and not self._in_flight:
+            if not self.expects_more and (batcher.next_decision_ns or 0) <= env.now:
+                break
             yield from self._await_request()
             batch = batcher.schedule(env.now)
         if env.now > start:
@@ -166,20 +171,22 @@ class SimulatedMachine:
         return batch
 
     def _await_request(self) -> Waiting:
-        if (arrival_ns := self.batcher.next_arrival_ns) is None:
+        self._threads.give()
+        if (due_ns := self.batcher.next_decision_ns) is None:
             self._delivered = simpy.Event(self.env)
             yield self._delivered
-        elif not self.env.skip(arrival_ns - self.env.now):
-            yield simpy.Timeout(self.env, arrival_ns - self.env.now)
+        elif not self.env.skip(due_ns - self.env.now):
+            yield simpy.Timeout(self.env, due_ns - self.env.now)
+        yield from self._threads.take()
 
-    def _build_inputs(self, operation: BuildInputs) -> Batch:
+    def _build_inputs(self, operation: BuildInputs) -> AnyBatch:
         return operation.batch
 
-    def _copy(self, operation: CopyIn | CopyOut) -> Batch:
+    def _copy(self, operation: CopyIn | CopyOut) -> AnyBatch:
         batch = operation.batch
         lane: Lane = "copy_in" if isinstance(operation, CopyIn) else "copy_out"
         ready_ns = self.env.now + self.costs.latencies.copy_ns
-        command = Copy(batch.index, lane, ready_ns, self.costs.copy_ns(lane, batch), self._engines[lane])
+        command = Copy(batch.index, lane, ready_ns, self.costs.copy_ns(lane, batch), self._device.engines[lane])
         self._streams[operation.stream].push(command)
         return batch
 
@@ -206,13 +213,16 @@ class SimulatedMachine:
         batch = operation.batch
         self._in_flight += 1
         bursts = self.costs.launch(batch, operation.kernels)
-        stage = "prefill" if batch.prefill_tokens else "decode"
+        shared = self._device.compute
         last = len(bursts) - 1
         for position, burst in enumerate(bursts):
             if not self._queue.take(len(burst.device_ns)):
                 yield from self._await_places(len(burst.device_ns), operation)
             start, cost = env.now, burst.launch_ns
-            compute.push(Kernels(batch.index, stage, start + launch_ns, burst, position == 0, position == last))
+            command = Kernels(
+                batch.index, batch.stage, start + launch_ns, burst, position == 0, position == last, shared
+            )
+            compute.push(command)
             self.observe(Span(batch.index, "host", "launch", start, start + cost))
             if cost and not env.skip(cost):
                 yield simpy.Timeout(env, cost)

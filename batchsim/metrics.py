@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from batchsim.batching.continuous import ContinuousBatcher
+from batchsim.batching.batch import Batcher
 from batchsim.errors import RunError
 from batchsim.records import Span
 from batchsim.result import ScheduleResult
@@ -130,7 +130,7 @@ class Metrics:
             steps_ns=np.asarray(self._steps_ns, dtype=np.int64),
         )
 
-    def result(self, schedule: str, total_ns: int, batcher: ContinuousBatcher) -> ScheduleResult:
+    def result(self, schedule: str, total_ns: int, batcher: Batcher) -> ScheduleResult:
         """The metrics of the whole run, which took `total_ns`.
 
         Raises:
@@ -159,7 +159,7 @@ class Totals:
     replicas: int = 1
 
     def result(self, schedule: str, counts: Mapping[str, int]) -> ScheduleResult:
-        """The metrics of the run; `counts` are requests and tokens.
+        """The metrics of the run; `counts` are requests and, where any are generated, tokens.
 
         Raises:
             RunError: nothing ran, or it took no time.
@@ -169,6 +169,7 @@ class Totals:
             raise RunError(f"{schedule}: nothing ran: not a single step was made")
         if self.total_ns <= 0:
             raise RunError(f"{schedule}: the whole run took no time: all costs are zero")
+        tokens = counts.get("output_tokens")
         steps_ms = self.steps_ns / 1e6
         p50, p95, p99 = np.percentile(steps_ms, (50, 95, 99))
         machine_ns = self.total_ns * self.replicas
@@ -180,7 +181,7 @@ class Totals:
         idle = sorted(self.idle_ns.items(), key=lambda entry: (-entry[1], entry[0]))
         return ScheduleResult(
             schedule=schedule,
-            throughput_tokens_per_s=counts["output_tokens"] / (self.total_ns / 1e9),
+            throughput_tokens_per_s=None if tokens is None else tokens / (self.total_ns / 1e9),
             total_s=self.total_ns / 1e9,
             step_ms={
                 "mean": float(steps_ms.mean()), "p50": float(p50), "p95": float(p95), "p99": float(p99)

@@ -99,14 +99,16 @@ def operate(
     every = [Metrics() for _ in costs]
     logs = [RequestLog(warm_up_ns=warm_up_ns, token_times=token_times) for _ in costs]
     machines: list[SimulatedMachine] = []
+    batchers: list[ContinuousBatcher] = []
     for k, each in enumerate(costs):
         requests = iter(()) if limits.routed else stream(asked, limits, first=k, stride=len(costs))
         observers: list[Observer] = [every[k], *([observe] if k == 0 and observe is not None else [])]
         if tell is not None:
             observers.append(lambda span: _tell(span, tell, machines, len(asked)))
+        batchers.append(limits.batcher(requests, asked))
         machines.append(
             SimulatedMachine(
-                limits.batcher(requests, asked), each, tell_all(observers), host_threads=host_threads,
+                batchers[k], each, tell_all(observers), host_threads=host_threads,
                 launch_queue_depth=launch_queue_depth, log=logs[k], env=env,
             )
         )  # fmt: skip
@@ -114,14 +116,13 @@ def operate(
     programs = [machine.start(SCHEDULES[schedule]()) for machine in machines]
     owners: list[int] = [i % len(costs) for i in range(len(asked))]
     if limits.routed:
-        simpy.Process(env, _route(env, asked, limits, machines, owners))
-    ends_ns = [_end_ns(env, program) for program in programs]
+        simpy.Process(env, _route(env, asked, limits, machines, batchers, owners))
+    ends_ns = [end_ns(env, program) for program in programs]
     total_ns = max(ends_ns)
-    batchers = [machine.batcher for machine in machines]
     if unserved := sum(batcher.unserved for batcher in batchers):
         raise RunError(f"{schedule}: the run ended with {unserved} requests not served to their end")
     served = [log.served(batcher, total_ns) for log, batcher in zip(logs, batchers, strict=True)]
-    totals = _added([each.totals(end) for each, end in zip(every, ends_ns, strict=True)], total_ns)
+    totals = added_totals([each.totals(end) for each, end in zip(every, ends_ns, strict=True)], total_ns)
     return Operated(
         served=_merged(served, np.array(owners, np.int64), total_ns),
         totals=totals,
@@ -132,10 +133,11 @@ def operate(
     )
 
 
-def _end_ns(env: Environment, program: simpy.Process) -> int:
-    end_ns = env.run(until=program)
-    assert isinstance(end_ns, int)
-    return end_ns
+def end_ns(env: Environment, program: simpy.Process) -> int:
+    """Run until a program's end, and return the time that it took."""
+    found = env.run(until=program)
+    assert isinstance(found, int)
+    return found
 
 
 def tell_all(observers: Sequence[Observer]) -> Observer:
@@ -154,8 +156,9 @@ def _tell(span: Span, tell: Callable[[int, int, int], None], machines: Sequence[
 
 
 def _route(
-    env: Environment, asked: Requests, limits: Limits, machines: Sequence[SimulatedMachine], owners: list[int]
-) -> Waiting:
+    env: Environment, asked: Requests, limits: Limits, machines: Sequence[SimulatedMachine],
+    batchers: Sequence[ContinuousBatcher], owners: list[int],
+) -> Waiting:  # fmt: skip
     """Hand out requests as they arrive: at one moment, before anything that a machine does then."""
     for request in stream(asked, limits):
         if request.arrival_ns > env.now:
@@ -163,14 +166,14 @@ def _route(
             turn._ok, turn._value = True, None
             env.schedule(turn, priority=simpy.events.URGENT, delay=request.arrival_ns - env.now)
             yield turn
-        k = choose(limits.router, [machine.batcher for machine in machines], request)
+        k = choose(limits.router, batchers, request)
         owners[request.id] = k
         machines[k].deliver(request)
     for machine in machines:
         machine.close()
 
 
-def _added(totals: Sequence[Totals], total_ns: int) -> Totals:
+def added_totals(totals: Sequence[Totals], total_ns: int) -> Totals:
     """The sums over replicas; one that is through before the last has no requests until then."""
 
     def add(name: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from batchsim.batching.continuous import Batch
+from batchsim.batching.batch import AnyBatch
 
 Stream = Literal["compute", "copy_in", "copy_out"]
 KernelSync = Literal["stream", "tile"]
@@ -36,9 +36,9 @@ class BuildInputs:
     """
 
     phase: ClassVar[str] = "build_inputs"
-    batch: Batch
+    batch: AnyBatch
     slot: int
-    previous: Batch | None = None
+    previous: AnyBatch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class CopyIn:
     """Copy the inputs of `slot` to the device, in order on `stream`."""
 
     phase: ClassVar[str] = "copy_in"
-    batch: Batch
+    batch: AnyBatch
     slot: int
     stream: Stream
 
@@ -60,7 +60,7 @@ class Forward:
     """
 
     phase: ClassVar[str] = "launch"
-    batch: Batch
+    batch: AnyBatch
     slot: int
     kernels: KernelSync = "stream"
 
@@ -70,7 +70,7 @@ class CopyOut:
     """Copy the sampled tokens of `slot` to the host, in order on `stream`."""
 
     phase: ClassVar[str] = "copy_out"
-    batch: Batch
+    batch: AnyBatch
     slot: int
     stream: Stream
 
@@ -99,7 +99,7 @@ class Synchronize:
 
     phase: ClassVar[str] = "wait"
     event: str
-    batch: Batch
+    batch: AnyBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Update:
     """Read the tokens of `batch` and tell the batcher."""
 
     phase: ClassVar[str] = "update"
-    batch: Batch
+    batch: AnyBatch
 
 
 Operation = Schedule | BuildInputs | CopyIn | Forward | CopyOut | Record | StreamWait | Synchronize | Update

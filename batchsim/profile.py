@@ -57,24 +57,30 @@ class PhaseFit(_Model):
     seq_ns: NonNegativeFloat = 0.0
     prefill_token_ns: NonNegativeFloat = 0.0
     admitted_ns: NonNegativeFloat = 0.0
+    token_ns: NonNegativeFloat = 0.0
     ratios: Annotated[list[NonNegativeFloat], Field(min_length=1)]
     samples: PositiveInt
     outliers: int
     outlier_ns: NonNegativeFloat
     residuals: dict[str, FiniteFloat]
 
-    def linear_ns(self, num_seqs: int, prefill_tokens: int = 0, admitted: int = 0) -> float:
-        """Fitted host time for a batch of `num_seqs` sequences, `admitted` of them new to it; without the ratio."""
+    def linear_ns(self, num_seqs: int, prefill_tokens: int = 0, admitted: int = 0, num_tokens: int = 0) -> float:
+        """Fitted host time for a batch of `num_seqs` sequences, `admitted` of them new to it, and of `num_tokens` in
+        all; without the ratio."""
         ns = self.step_ns + self.seq_ns * num_seqs
-        return ns + (self.prefill_token_ns * prefill_tokens + self.admitted_ns * admitted)
+        ns = ns + (self.prefill_token_ns * prefill_tokens + self.admitted_ns * admitted)
+        return ns + self.token_ns * num_tokens
 
-    def mean_ns(self, num_seqs: int, prefill_tokens: int = 0, admitted: int = 0) -> float:
+    def mean_ns(self, num_seqs: int, prefill_tokens: int = 0, admitted: int = 0, num_tokens: int = 0) -> float:
         """Expected host time of such a batch."""
-        return self.linear_ns(num_seqs, prefill_tokens, admitted) * sum(self.ratios) / len(self.ratios)
+        return self.linear_ns(num_seqs, prefill_tokens, admitted, num_tokens) * sum(self.ratios) / len(self.ratios)
 
 
 class LoopFit(_Model):
-    """One loop (a schedule, with or without graphs): its host phases and the machine's fixed delays in it."""
+    """One loop (a schedule, with or without graphs): its host phases and the machine's fixed delays in it.
+
+    A copy takes the device its `..._device_ns`, and more for each sequence of the batch and each of its tokens.
+    """
 
     phases: dict[str, PhaseFit]
     kernel_launch: PhaseFit
@@ -85,6 +91,9 @@ class LoopFit(_Model):
     wake_up_ns: NonNegativeInt
     copy_in_device_ns: NonNegativeInt
     copy_out_device_ns: NonNegativeInt
+    copy_in_device_seq_ns: NonNegativeFloat = 0.0
+    copy_in_device_token_ns: NonNegativeFloat = 0.0
+    copy_out_device_seq_ns: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

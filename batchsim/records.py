@@ -8,14 +8,14 @@ from typing import Literal, NamedTuple
 Lane = Literal["host", "copy_in", "compute", "copy_out"]
 
 # Stages of the device lanes. The stages of the host lane are the phases of `batchsim.operations`.
-DEVICE_STAGES = ("copy_in", "prefill", "decode", "copy_out")
+DEVICE_STAGES = ("copy_in", "prefill", "decode", "forward", "copy_out")
 
 
 class Span(NamedTuple):
     """One activity: nanoseconds since the run began, `[start_ns, end_ns)`.
 
     `stage` is a host phase on the host lane; `copy_in`, `copy_out`, or on the compute lane `decode` or `prefill`
-    (a forward with any prompt token in it) on the device. `step` is the index of the batch (-1: none was
+    (a forward with any prompt token in it) or, of dynamic batching, `forward` on the device. `step` is the index of the batch (-1: none was
     formed). `gap_ns` is the part of a forward in which the device waited for the host's next launch (0 with
     CUDA graphs; None where it was not measured).
     """

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from batchsim.answered import Answered
 from batchsim.latency import LATENCIES, RequestFigures, Slo, intervals
 from batchsim.records import Span
 from batchsim.served import Served
@@ -14,7 +15,7 @@ SCHEMA_VERSION = 1
 
 # Printed beside the figures; one definition for simulation and execution.
 DEFINITIONS = {
-    "throughput_tokens_per_s": "output tokens that requests asked for, over total_s",
+    "throughput_tokens_per_s": "output tokens that requests asked for, or tokens trained on, over total_s",
     "total_s": "from the start of the run, at which the first request may arrive, to the last update",
     "step_ms": "host time between the ends of consecutive updates, without waiting for requests",
     "device_busy_fraction": "share of total_s in which a forward has begun on the device and not ended",
@@ -30,14 +31,24 @@ DEFINITIONS = {
     "latency_ms.itl": "inter-token latency: every gap between a request's consecutive tokens, pooled",
     "latency_ms.e2e": "from the intended arrival to the end of the update that reads the last token",
     "latency_ms.queue": "from the intended arrival to the decision that first puts the request into a batch",
+    "latency_ms.host": "what is left of e2e: the host's phases, and the latencies of launching and waking up",
+    "latency_ms.copy_in": "the copy of the batch's inputs to the device",
+    "latency_ms.device_queue": "the batch's inputs are on the device, which computes another batch",
+    "latency_ms.compute": "the forward of the request's batch",
+    "latency_ms.copy_out": "the copy of the batch's answers to the host",
     "throughput_requests_per_s": "requests that finished after the warm-up, over the time from then to the end",
     "goodput_requests_per_s": "as throughput_requests_per_s, of requests that met all their SLOs",
     "slo_attainment": "share of the finished requests, of those that latency_ms counts, that met all their SLOs",
+    "outcomes": "arrivals = accepted (served in time) + refused (the queue was full) + dropped (waited too long) + "
+    "served_late (waited too long, served all the same), of an interrupted run + waiting",
     "batch_size": "requests in a batch, over all steps",
+    "batch_histogram": "batches, by the requests in them",
+    "breaking_requests_per_s": "what is served when requests always wait; beyond it the queue only grows",
     "kv_use": "share of the KV cache's blocks in use after decisions, over time, at the moments that are kept",
     "waiting": "requests that have arrived and were never in a batch, over the time after the warm-up",
     "unstable": "said where the queue grows for as long as requests arrive, by more than chance explains",
     "partial": "said where the run was interrupted: its figures are of what had happened by then",
+    "to_target": "optimiser steps, tokens and hours to the target loss by its critical batch (McCandlish et al. 2018)",
     "engine_s": "wall time that simulating this schedule took",
     "iterations": "batch steps",
     "decisions": "steps at which the batch changed: a request was admitted, finished or preempted, a chunk of a "
@@ -46,6 +57,7 @@ DEFINITIONS = {
     "interval": "half width of the 95% Student-t interval of the mean over replications, by figure",
 }
 
+_OF_DYNAMIC_BATCHING = ("outcomes", "batch_histogram", "breaking_requests_per_s", "to_target")
 _SHARES = ("gain_over_sync", "slo_attainment", "kv_use.mean", "kv_use.max")
 
 
@@ -54,7 +66,7 @@ class ScheduleResult:
     """Metrics of one schedule; keys and meanings as in DEFINITIONS. What was not recorded is None or empty."""
 
     schedule: str
-    throughput_tokens_per_s: float
+    throughput_tokens_per_s: float | None
     total_s: float
     step_ms: dict[str, float]
     device_busy_fraction: float
@@ -69,24 +81,42 @@ class ScheduleResult:
     throughput_requests_per_s: float | None = None
     goodput_requests_per_s: float | None = None
     slo_attainment: float | None = None
+    outcomes: dict[str, int] = field(default_factory=dict)
     batch_size: dict[str, float] = field(default_factory=dict)
+    batch_histogram: dict[str, int] = field(default_factory=dict)
+    breaking_requests_per_s: float | None = None
     kv_use: dict[str, float] = field(default_factory=dict)
     waiting: dict[str, float] = field(default_factory=dict)
     unstable: str | None = None
     partial: str | None = None
+    to_target: dict[str, float] = field(default_factory=dict)
     engine_s: float | None = field(default=None, compare=False)
     iterations: int | None = field(default=None, compare=False)
     decisions: int | None = field(default=None, compare=False)
     events: int | None = field(default=None, compare=False)
     interval: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def throughput(self) -> float:
+        """Tokens a second, or requests where no tokens are generated: what schedules are compared by."""
+        if self.throughput_tokens_per_s is not None:
+            return self.throughput_tokens_per_s
+        return self.throughput_requests_per_s or 0.0
+
+    @property
+    def throughput_key(self) -> str:
+        """Which figure `throughput` is."""
+        tokens = self.throughput_tokens_per_s is not None
+        return "throughput_tokens_per_s" if tokens else "throughput_requests_per_s"
+
     def with_requests(self, found: RequestFigures) -> ScheduleResult:
         """This result with the figures of its requests."""
         return replace(self, **{each.name: getattr(found, each.name) for each in fields(found)})
 
     def to_json(self) -> dict[str, Any]:
-        """What is the same for the same seed: all but `engine_s`."""
-        return {key: value for key, value in asdict(self).items() if key != "engine_s"}
+        """What is the same for the same seed: all but `engine_s`, and but what only other kinds of scenarios have."""
+        left_out = {"engine_s"} | {key for key in _OF_DYNAMIC_BATCHING if not getattr(self, key)}
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +124,8 @@ class LoadPoint:
     """What a schedule reaches when so many requests a second arrive; None where no request has such a latency."""
 
     offered_requests_per_s: float
-    throughput_tokens_per_s: float
+    throughput_tokens_per_s: float | None
+    throughput_requests_per_s: float | None
     ttft_p50_ms: float | None
     ttft_p99_ms: float | None
     tpot_p50_ms: float | None
@@ -108,6 +139,7 @@ class LoadPoint:
         return cls(
             offered_requests_per_s=offered_requests_per_s,
             throughput_tokens_per_s=result.throughput_tokens_per_s,
+            throughput_requests_per_s=result.throughput_requests_per_s,
             ttft_p50_ms=latency["ttft"].get("p50"),
             ttft_p99_ms=latency["ttft"].get("p99"),
             tpot_p50_ms=latency["tpot"].get("p50"),
@@ -123,6 +155,11 @@ class LoadCurve:
 
     points: dict[str, tuple[LoadPoint, ...]]
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether tokens are generated; else the throughput is of requests."""
+        return all(point.throughput_tokens_per_s is not None for points in self.points.values() for point in points)
+
     def to_json(self) -> dict[str, Any]:
         return {name: [asdict(point) for point in points] for name, points in self.points.items()}
 
@@ -133,7 +170,8 @@ class Run:
 
     `windows` holds, for each schedule, the spans of a steady window of a few steps, for timelines. `provenance`
     says where the costs (simulated) or the times (executed) come from: profile, device, driver, versions. `served`
-    holds the requests of each schedule (of several replications, the first's), `slo` the objectives they were held to.
+    holds the requests of each schedule (of several replications, the first's), `answered` those of dynamic batching,
+    `slo` the objectives they were held to.
     """
 
     source: Literal["simulated", "executed"]
@@ -142,13 +180,14 @@ class Run:
     windows: dict[str, tuple[Span, ...]]
     provenance: dict[str, Any]
     served: dict[str, Served] = field(default_factory=dict)
+    answered: dict[str, Answered] = field(default_factory=dict)
     slo: Slo | None = None
     load_curve: LoadCurve | None = None
 
 
 def figures(result: ScheduleResult) -> dict[str, float]:
     """All figures of a result in one flat dictionary; keys such as `step_ms.p50` and `stage_ms.decode`."""
-    flat = {
+    flat: dict[str, float | None] = {
         "throughput_tokens_per_s": result.throughput_tokens_per_s,
         "gain_over_sync": result.gain_over_sync,
         "total_s": result.total_s,
@@ -165,9 +204,11 @@ def figures(result: ScheduleResult) -> dict[str, float]:
         "throughput_requests_per_s": result.throughput_requests_per_s,
         "goodput_requests_per_s": result.goodput_requests_per_s,
         "slo_attainment": result.slo_attainment,
+        "breaking_requests_per_s": result.breaking_requests_per_s,
         **{f"batch_size.{statistic}": value for statistic, value in result.batch_size.items()},
         **{f"kv_use.{statistic}": value for statistic, value in result.kv_use.items()},
         **{f"waiting.{statistic}": value for statistic, value in result.waiting.items()},
+        **{f"to_target.{name}": value for name, value in result.to_target.items()},
     }
     return {key: value for key, value in flat.items() if value is not None}
 

@@ -176,9 +176,17 @@ class Wait:
 
 @dataclass(slots=True)
 class Engine:
-    """A copy engine: one copy at a time, first come, first served."""
+    """A copy engine, or the compute engine of several machines: one command at a time, first come, first served."""
 
     free_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The engines of a device. Where one machine has it to itself, its stream alone orders forwards: no `compute`."""
+
+    engines: dict[Lane, Engine] = field(default_factory=lambda: {"copy_in": Engine(), "copy_out": Engine()})
+    compute: Engine | None = None
 
 
 @dataclass(slots=True)
@@ -217,14 +225,24 @@ class Kernels:
     burst: Burst
     opens: bool
     closes: bool
+    shared: Engine | None = None  # by several machines, which take turns with it as their bursts are ready
 
     def settle(self, stream: Stream) -> bool:
         burst = self.burst
         start = max(stream.reached_ns, self.ready_ns)
         if self.opens:
-            start = stream.forward_ns = max(start, stream.end_ns + stream.latencies.gap_ns)
+            start = max(start, stream.end_ns + stream.latencies.gap_ns)
+        if self.shared is not None:
+            if start > stream.env.now:
+                simpy.Timeout(stream.env, start - stream.env.now).callbacks.append(stream.go_on)
+                return False
+            start = max(start, self.shared.free_ns)
+        if self.opens:
+            stream.forward_ns = start
             stream.kernels_ns = 0
         end = stream.reached_ns = stream.end_ns = max(start + burst.kernels_ns, self.ready_ns + burst.alone_ns)
+        if self.shared is not None:
+            self.shared.free_ns = end
         stream.kernels_ns += burst.kernels_ns
         stream.queue.starts(end - burst.device_ns[-1], len(burst.device_ns))
         if self.closes:

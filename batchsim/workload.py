@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
+from batchsim.dynamic_workload import DynamicWorkload, FixedRequests, RandomRequests
 from batchsim.errors import InputError
 from batchsim.traces import MAX_TIME_NS, Int64, read_trace
 from batchsim.workload_scenario import (
@@ -19,7 +20,6 @@ from batchsim.workload_scenario import (
     Distribution,
     Diurnal,
     Empirical,
-    FixedWorkload,
     Piece,
     RandomWorkload,
     SharedPrefix,
@@ -58,8 +58,8 @@ class Requests:
         return len(self.arrival_ns)
 
 
-def requests_of(workload: Workload, *, seed: int, replication: int, base: Path = Path()) -> Requests:
-    """The requests of a workload; a trace's path is relative to `base`.
+def requests_of(workload: Workload | DynamicWorkload, *, seed: int, replication: int, base: Path = Path()) -> Requests:
+    """The requests of a workload; a trace's path is relative to `base`. Those of dynamic batching have no output.
 
     Arrivals, lengths, priorities and prefixes come from streams of their own,
     `SeedSequence(seed, spawn_key=(replication, crc32(name)))`, so that none shifts another's draws.
@@ -90,7 +90,10 @@ def requests_of(workload: Workload, *, seed: int, replication: int, base: Path =
     else:
         arrival_ns = _arrival_ns(workload, stream("arrivals"))
         prompt_tokens = _lengths("input_len", workload, stream("input_len"))
-        output_tokens = _lengths("output_len", workload, stream("output_len"))
+        if isinstance(workload, FixedRequests | RandomRequests):
+            output_tokens = _all(len(arrival_ns), 0)
+        else:
+            output_tokens = _lengths("output_len", workload, stream("output_len"))
         if isinstance(workload, RandomWorkload) and workload.shared_prefix:
             hash_starts, hash_ids = _shared(workload.shared_prefix, prompt_tokens, stream("prefix"))
             hash_tokens = PREFIX_BLOCK
@@ -99,7 +102,7 @@ def requests_of(workload: Workload, *, seed: int, replication: int, base: Path =
         shares = [entry.share for entry in workload.priorities]
         priority = classes[_picks(shares, len(arrival_ns), stream("priority"))]
     else:
-        priority = np.zeros(len(arrival_ns), dtype=np.int64)
+        priority = _all(len(arrival_ns), 0)
     return Requests(
         arrival_ns=arrival_ns,
         prompt_tokens=prompt_tokens,
@@ -112,6 +115,11 @@ def requests_of(workload: Workload, *, seed: int, replication: int, base: Path =
         max_concurrency=workload.max_concurrency,
         dropped=dropped,
     )
+
+
+def _all(count: int, value: int) -> Int64:
+    """`count` times the same value, for which there is room once; not to be written to."""
+    return np.broadcast_to(np.int64(value), count)
 
 
 def _scaled(arrival_ns: Int64, rate_scale: float) -> Int64:
@@ -186,7 +194,7 @@ def _picks(weights: list[float], count: int, generator: np.random.Generator) -> 
     return np.searchsorted(ends[:-1] / ends[-1], generator.random(count), side="right")
 
 
-def _lengths(key: str, workload: FixedWorkload | RandomWorkload, generator: np.random.Generator) -> Int64:
+def _lengths(key: str, workload: Arrivals, generator: np.random.Generator) -> Int64:
     count = workload.num_prompts
     match getattr(workload, key):
         case Empirical(values=values, weights=weights):
@@ -199,7 +207,7 @@ def _lengths(key: str, workload: FixedWorkload | RandomWorkload, generator: np.r
                 raise InputError(None, f"workload.{key}", found, "parameters that give numbers")
             return np.rint(np.clip(drawn, distribution.min, distribution.max)).astype(np.int64)
         case length:
-            return np.full(count, length, dtype=np.int64)
+            return _all(count, length)
 
 
 def _shared(prefix: SharedPrefix, prompt_tokens: Int64, generator: np.random.Generator) -> tuple[Int64, Int64]:

@@ -61,26 +61,17 @@ class Diurnal(Model):
     """When the rate is highest, seconds after the start."""
 
 
-class Distribution(Model):
-    """A distribution of `scipy.stats`; its parameters, by their names there, are further keys.
-
-    What is drawn is rounded to the nearest integer (halves to even) and cut to `min` and `max`.
-    """
+class Family(Model):
+    """A distribution of `scipy.stats`; its parameters, by their names there, are further keys."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Parameter]
 
     dist: Text
     """Its name in scipy.stats, such as lognorm (with s and scale) or poisson (with mu)."""
-    min: Count = 1
-    """What a smaller value becomes."""
-    max: Count = MAX_TOKENS
-    """What a larger value becomes."""
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
-        if self.max < self.min:
-            raise refused(f"{self.max}, less than min = {self.min}", f"at least {self.min}", "max")
         import numpy as np
         from scipy import stats
 
@@ -98,7 +89,8 @@ class Distribution(Model):
         names = [*shapes, "loc", "scale"] if isinstance(family, stats.rv_continuous) else [*shapes, "loc"]
         for name in self.__pydantic_extra__:
             if name not in names:
-                raise refused(f"no parameter of {self.dist}", one_of([*names, "min", "max"]), name)
+                own = [key for key in type(self).model_fields if key != "dist"]
+                raise refused(f"no parameter of {self.dist}", one_of([*names, *own]), name)
         for name in shapes:
             if name not in self.__pydantic_extra__:
                 raise refused("nothing", f"a number, for {self.dist} has the parameters {', '.join(names)}", name)
@@ -111,17 +103,38 @@ class Distribution(Model):
             raise refused(told or "no parameters", f"parameters that scipy.stats.{self.dist} is defined for")
         return self
 
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The parameters as scipy takes them: where one has to be an integer, a float of its value will not do."""
+        return {name: int(x) if x.is_integer() else x for name, x in self.__pydantic_extra__.items()}
+
     def draw(self, count: int, generator: np.random.Generator) -> npt.NDArray[np.float64]:
-        """Values as they are drawn, neither rounded nor cut."""
+        """Values as they are drawn."""
         import numpy as np
         from scipy import stats
 
-        # Where a parameter has to be an integer, a float of the same value will not always do.
-        values = {name: int(x) if x.is_integer() else x for name, x in self.__pydantic_extra__.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            drawn = getattr(stats, self.dist).rvs(**values, size=count, random_state=generator)
+            drawn = getattr(stats, self.dist).rvs(**self.parameters, size=count, random_state=generator)
         return np.asarray(drawn, dtype=np.float64)
+
+
+class Distribution(Family):
+    """A distribution of `scipy.stats`; its parameters, by their names there, are further keys.
+
+    What is drawn is rounded to the nearest integer (halves to even) and cut to `min` and `max`.
+    """
+
+    min: Count = 1
+    """What a smaller value becomes."""
+    max: Count = MAX_TOKENS
+    """What a larger value becomes."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise refused(f"{self.max}, less than min = {self.min}", f"at least {self.min}", "max")
+        return self
 
 
 class Empirical(Model):
@@ -163,7 +176,7 @@ class SharedPrefix(Model):
     """Different prefixes; each request begins with one of them, all equally likely."""
 
 
-def _specified(model: type[Spec], value: dict[str, Any], place: str = "") -> Spec:
+def specified(model: type[Spec], value: dict[str, Any], place: str = "") -> Spec:
     """`value` as `model`; what is wrong with it, as an error that the validator of a union may raise."""
     try:
         return model.model_validate(value)
@@ -178,7 +191,7 @@ def _rate(value: object) -> object:
         case None | Diurnal():
             return value
         case dict():
-            return _specified(Diurnal, value)
+            return specified(Diurnal, value)
         case list() | tuple() if value:
             pieces = [piece if isinstance(piece, Piece) else _piece(i, piece) for i, piece in enumerate(value)]
             return _pieces(pieces)
@@ -189,7 +202,7 @@ def _rate(value: object) -> object:
 
 def _piece(index: int, value: object) -> Piece:
     if isinstance(value, dict):
-        return _specified(Piece, value, str(index))
+        return specified(Piece, value, str(index))
     raise refused(shown(value), "a mapping with rate and duration_s", str(index))
 
 
@@ -205,22 +218,28 @@ def _pieces(pieces: list[Piece]) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def _length(value: object) -> object:
+def length_of(
+    value: object,
+    least: int = 1,
+    distribution: type[Distribution] = Distribution,
+    empirical: type[Empirical] = Empirical,
+) -> object:
+    """What a file says of lengths of at least `least`, as a number or as one of the two models."""
     match value:
         case Distribution() | Empirical():
             return value
         case dict() if "values" in value or "weights" in value:
-            return _specified(Empirical, value)
+            return specified(empirical, value)
         case dict() if "dist" in value:
-            return _specified(Distribution, value)
-        case int() if not isinstance(value, bool) and 1 <= value <= MAX_TOKENS:
+            return specified(distribution, value)
+        case int() if not isinstance(value, bool) and least <= value <= MAX_TOKENS:
             return value
     found = f"{shown(value)} without dist or values" if isinstance(value, dict) else shown(value)
-    raise refused(found, f"an integer from 1 to {MAX_TOKENS}, a mapping with dist, or a mapping with values")
+    raise refused(found, f"an integer from {least} to {MAX_TOKENS}, a mapping with dist, or a mapping with values")
 
 
 RequestRate = Annotated[Rate | tuple[Piece, ...] | Diurnal | None, BeforeValidator(_rate)]
-Length = Annotated[Distribution | Empirical | Count, BeforeValidator(_length)]
+Length = Annotated[Distribution | Empirical | Count, BeforeValidator(lambda value: length_of(value))]
 
 
 class Clients(Model):

@@ -1,7 +1,8 @@
 """YAML as a person means it: read safely, with YAML 1.2's scalars, and refused where it is ambiguous.
 
 Unlike YAML 1.1, which PyYAML reads by default: `1e-3` is a number; `yes`, `no`, `on` and `off` are strings, and so
-are `1:30`, `8_192` and dates; `010` is ten. Duplicate keys, keys that are not strings, tags of other types and
+are `1:30`, `8_192` and dates; `010` is ten. Duplicate keys, keys that are neither strings nor plain
+integers (which are read as their digits), tags of other types and
 several documents in a file are refused; size, depth and the number of values (aliases count each time) are bounded.
 """
 
@@ -181,6 +182,8 @@ class _Reader:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             key = self._scalar(key_node, path) if isinstance(key_node, yaml.ScalarNode) else None
+            if isinstance(key, int) and str(key) == key_node.value:
+                key = key_node.value
             if not isinstance(key, str):
                 found = f"{shown(key)} as a key" if isinstance(key_node, yaml.ScalarNode) else "a key that is no word"
                 raise self._error(path, found, "a string", line)

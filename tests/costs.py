@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from batchsim.batching.continuous import Batch, ContinuousBatcher
+from batchsim.batching.batch import AnyBatch
+from batchsim.batching.continuous import ContinuousBatcher
 from batchsim.machine import Burst, Latencies, SimulatedMachine
 from batchsim.metrics import Metrics
 from batchsim.operations import KernelSync
@@ -23,13 +24,13 @@ class FixedCosts:
     copy: int = 0
     latencies: Latencies = Latencies()
 
-    def host_ns(self, phase: str, batch: Batch | None) -> int:
+    def host_ns(self, phase: str, batch: AnyBatch | None) -> int:
         return self.host.get(phase, 0)
 
-    def copy_ns(self, phase: str, batch: Batch) -> int:
+    def copy_ns(self, phase: str, batch: AnyBatch) -> int:
         return self.copy
 
-    def launch(self, batch: Batch, kernels: KernelSync) -> Sequence[Burst]:
+    def launch(self, batch: AnyBatch, kernels: KernelSync) -> Sequence[Burst]:
         return self.forward[batch.index % len(self.forward)]
 
 

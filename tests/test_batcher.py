@@ -132,7 +132,7 @@ def batches(
         assert batcher.waiting == len(list(batcher.queued()))
         assert batcher.unserved == len(batcher.running) + batcher.waiting
 
-    while batcher.unserved or batcher.next_arrival_ns is not None or unread:
+    while batcher.unserved or batcher.next_decision_ns is not None or unread:
         batch = batcher.schedule(now_ns)
         none_is_lost()
         if batch:
@@ -143,9 +143,9 @@ def batches(
             unread.append(batch)
         elif not unread:
             # Nothing to run, nothing to read: only a later arrival can change that.
-            if batcher.next_arrival_ns is None or batcher.next_arrival_ns <= now_ns:
+            if batcher.next_decision_ns is None or batcher.next_decision_ns <= now_ns:
                 return
-            now_ns = batcher.next_arrival_ns
+            now_ns = batcher.next_decision_ns
             continue
         if not batch or len(unread) == in_flight:
             finished = batcher.update(unread.popleft())

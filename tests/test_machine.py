@@ -7,6 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchsim.batching.batch import AnyBatch
 from batchsim.batching.continuous import Batch, ContinuousBatcher, Request
 from batchsim.machine import Burst, Latencies
 from tests.costs import FixedCosts, graph, run
@@ -22,7 +23,7 @@ class StepCosts(FixedCosts):
         super().__init__(forward=[graph(g) for _, g in steps])
         self.steps = steps
 
-    def host_ns(self, phase: str, batch: Batch | None) -> int:
+    def host_ns(self, phase: str, batch: AnyBatch | None) -> int:
         return self.steps[batch.index][0] if phase == "build_inputs" and batch is not None else 0
 
 

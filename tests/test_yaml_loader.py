@@ -73,7 +73,7 @@ def test_nan_is_read_as_a_number_for_the_fields_to_refuse() -> None:
         ("a: [1\n", 2, "expected ',' or ']'"),
         ("\ta: 1", 1, "cannot start any token"),
         ("--- {a: 1}\n--- {b: 2}\n", 2, "a second document"),
-        ("1: a", 1, "found 1 as a key, wanted a string"),
+        ("1.5: a", 1, "found 1.5 as a key, wanted a string"),
         ("null: a", 1, "found null as a key"),
         ("? [x]\n: a", 1, "a key that is no word"),
         ("a: *nowhere", 1, "undefined alias"),

@@ -95,6 +95,11 @@ class Batch:
     def num_seqs(self) -> int:
         return len(self.slices)
 
+    @property
+    def stage(self) -> str:
+        """The stage that its forward is, as `batchsim.records` calls them."""
+        return "prefill" if self.prefill_tokens else "decode"
+
     def prefill_pairs(self, tile: int) -> int:
         """(query, key) pairs of the prefilling slices, causal, in whole tiles of `tile` queries."""
         return sum(attended_pairs(s.context, s.tokens, tile) for s in self.slices if not s.decodes)
@@ -169,8 +174,8 @@ class ContinuousBatcher:
         return len(self._queue)
 
     @property
-    def next_arrival_ns(self) -> int | None:
-        """When the next request arrives, or None when none will."""
+    def next_decision_ns(self) -> int | None:
+        """The earliest later moment at which `schedule` may answer differently: the next arrival, or None: never."""
         return None if self._next is None else self._next.arrival_ns
 
     @property

@@ -331,7 +331,7 @@ def schedule(s: Any, c: Any, rq: Any, m: Any, f: Any) -> Bool:
     if s.seqs == 0:
         return False
     s.tokens = decodes + s.prefill_tokens
-    f.step, f.seqs, f.prefill_tokens, f.admitted = s.step, s.seqs, s.prefill_tokens, s.admitted
+    f.step, f.seqs, f.tokens, f.prefill_tokens, f.admitted = s.step, s.seqs, s.tokens, s.prefill_tokens, s.admitted
     f.decodes, f.wasted, f.finals = decodes, 0, finals
     m[s.batch_sizes_at + s.seqs] += 1
     if s.step & (s.moment_stride - 1) == 0:

@@ -11,6 +11,9 @@ import numba
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# Sources outside this package that hold constants for it.
+_CONSTANTS = ("answered.py", "router.py", "served.py")
+
 # Numbers in compiled functions: Python's and numpy's alike, so that mypy has nothing to tell apart.
 Int: TypeAlias = Any
 Float: TypeAlias = Any
@@ -42,6 +45,6 @@ def sources_digest() -> int:
     """
     digest = hashlib.sha256()
     folder = Path(__file__).parent
-    for path in (*sorted(folder.glob("*.py")), folder.parent / "router.py", folder.parent / "served.py"):
+    for path in (*sorted(folder.glob("*.py")), *(folder.parent / name for name in _CONSTANTS)):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:7], "big")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from batchsim.costs import ProfileCosts
+from batchsim.costs import Draws, ProfileCosts
 from batchsim.iteration import state
 from batchsim.iteration.state import NAMES, NEVER, STAGES
 from batchsim.metrics import Totals
@@ -75,54 +75,46 @@ def load() -> None:
     serve.compile(tuple(typeof(each) for each in (*records, *flat, False)))  # type: ignore[attr-defined]
 
 
-class Iterations:
-    """One schedule's run at the iteration level. `costs` are those of each replica.
+class Compiled:
+    """A run of compiled code, in pieces: between two of them its draws are renewed, and its buffers emptied.
 
-    `window` asks for the spans of a few steps from the first one on that is no earlier than (step, nanoseconds).
+    `costs` are those of each replica; `draws`, in the order of NAMES, theirs.
     """
 
-    def __init__(
-        self,
-        requests: Requests,
-        costs: Sequence[ProfileCosts],
-        limits: Limits,
-        *,
-        asynchronous: bool,
-        warm_up_ns: int = 0,
-        window: tuple[int, int] | None = None,
-        token_times: bool = False,
-    ) -> None:
-        self._costs, self._limits = costs, limits
-        self._draws = [[each.draws(name) for name in NAMES] for each in costs]
-        self.arrays = _arrays(requests, costs[0], limits, asynchronous, warm_up_ns, window, token_times)
+    def __init__(self, arrays: Any, costs: Sequence[Any], draws: Sequence[Sequence[Draws]]) -> None:
+        self.arrays, self._costs, self._draws = arrays, costs, draws
         self._begins = self.arrays.replicas["positions"].tolist()
         self._stops = self.arrays.replicas["positions"].tolist()
         self._fresh = True
         self._steps: list[list[Int64]] = [[] for _ in costs]
-        self._weights: list[list[Int64]] = [[] for _ in costs]
-        self._extras: list[Int64] = []
-        self._tokens: list[Int64] = []
         self._refill()
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> bool:
-        """Serve all requests; `progress` is told of requests finished and of the time, nanoseconds.
+        """Serve all requests; `progress` is told of requests that have left, and of the time, nanoseconds.
 
         Returns False if it was interrupted (KeyboardInterrupt); what is done by then can be read as usual.
         """
-        from batchsim.iteration.core import serve
-
         try:
-            while serve(*self.arrays, False) != state.DONE:
+            while self._serve(closes=False) != state.DONE:
                 self._drain()
                 self._refill()
                 if progress is not None:
-                    progress(int(self._sum("finished")), int(self.arrays.replicas["now_ns"].max()))
+                    progress(self.left, int(self.arrays.replicas["now_ns"].max()))
             whole = True
         except KeyboardInterrupt:
             whole = False
-        serve(*self.arrays, True)
+        self._serve(closes=True)
         self._drain()
         return whole
+
+    def _serve(self, *, closes: bool) -> int:
+        """Go on until the draws or the room are used up, and say why that stopped; or close the accounts."""
+        raise NotImplementedError
+
+    @property
+    def left(self) -> int:
+        """Requests that are done with."""
+        return self._sum("finished")
 
     @property
     def total_ns(self) -> int:
@@ -130,26 +122,11 @@ class Iterations:
         return int(self.arrays.replicas["now_ns"].max())
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Requests and tokens, as `Totals.result` takes them."""
-        return {
-            "requests": self._sum("finished"),
-            "output_tokens": self._sum("output_tokens"),
-            "wasted_tokens": self._sum("wasted_tokens"),
-            "preemptions": self._sum("preempted"),
-        }
-
-    @property
     def work(self) -> dict[str, int]:
         """How much was simulated: steps, decisions, and events handled one by one."""
         return {
             "iterations": self._sum("updates"), "decisions": self._sum("decisions"), "events": self._sum("events")
         }  # fmt: skip
-
-    @property
-    def accepted(self) -> int:
-        """Requests that have arrived."""
-        return self._sum("accepted")
 
     def totals(self) -> Totals:
         """The sums that metrics are made from."""
@@ -176,6 +153,98 @@ class Iterations:
             steps_ns=_joined(self._steps),
             replicas=len(replicas),
         )
+
+    def spans(self) -> list[Span]:
+        """The spans of the window, of the first replica, by start."""
+        logged = int(self.arrays.replicas[0]["logged"])
+        rows = self._table(0, "log_at", state.LOG_COLUMNS * logged).reshape(-1, state.LOG_COLUMNS).tolist()
+        rows.sort(key=lambda row: (row[3], row[4]))
+        return [Span(row[0], LANES[row[1]], STAGES[row[2]].removeprefix("device_"), *row[3:]) for row in rows]
+
+    def note_extrapolations(self) -> None:
+        """Tell the costs of what was asked for outside the measured range."""
+        costs = self._costs[0]
+        curves = costs.device.decode
+        size = 2 * len(curves) + 4
+        seen = np.array([self._table(k, "extrapolated_at", size).reshape(-1, 2) for k in range(len(self._costs))])
+        low, high = seen[..., 0].min(axis=0), seen[..., 1].max(axis=0)
+        tell: list[Callable[[int], None]] = [lambda n, curve=curve: costs.note_context(curve, n) for curve in curves]  # type: ignore[misc]
+        for note, least, most in zip([*tell, costs.note_rows, costs.note_prefill], low, high, strict=True):
+            if most >= 0:
+                note(int(least))
+                note(int(most))
+
+    def _sum(self, name: str) -> int:
+        return int(self.arrays.replicas[name].sum())
+
+    def _table(self, k: int, name: str, size: int) -> Int64:
+        at = int(self.arrays.replicas[k][name])
+        return np.asarray(self.arrays.integers[at : at + size])
+
+    def _refill(self) -> None:
+        """Give every replica draws for as many steps as its buffers hold."""
+        floats, quota = self.arrays.floats, FIRST_QUOTA if self._fresh else QUOTA
+        self._fresh = False
+        for s, streams, stops in zip(self.arrays.replicas, self._draws, self._stops, strict=True):
+            for name, (stream, stop) in enumerate(zip(streams, stops, strict=True)):
+                begin, at = self._begins[s["number"]][name], s["positions"][name]
+                kept, wanted = stop - at, draws_for(quota, name)
+                if kept < wanted:
+                    floats[begin : begin + kept] = floats[at:stop].copy()
+                    floats[begin + kept : begin + wanted] = stream.take(wanted - kept)
+                    s["positions"][name], stops[name] = begin, begin + wanted
+        self.arrays.replicas["quota"] = quota
+
+    def _drain(self) -> None:
+        """Empty the buffers."""
+        for k, s in enumerate(self.arrays.replicas):
+            self._steps[k].append(self._table(k, "steps_at", s["steps"]).copy())
+        self.arrays.replicas["steps"] = 0
+
+
+class Iterations(Compiled):
+    """One schedule's run at the iteration level. `costs` are those of each replica.
+
+    `window` asks for the spans of a few steps from the first one on that is no earlier than (step, nanoseconds).
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        costs: Sequence[ProfileCosts],
+        limits: Limits,
+        *,
+        asynchronous: bool,
+        warm_up_ns: int = 0,
+        window: tuple[int, int] | None = None,
+        token_times: bool = False,
+    ) -> None:
+        self._limits = limits
+        self._weights: list[list[Int64]] = [[] for _ in costs]
+        self._extras: list[Int64] = []
+        self._tokens: list[Int64] = []
+        arrays = _arrays(requests, costs[0], limits, asynchronous, warm_up_ns, window, token_times)
+        super().__init__(arrays, costs, [[each.draws(name) for name in NAMES] for each in costs])
+
+    def _serve(self, *, closes: bool) -> int:
+        from batchsim.iteration.core import serve
+
+        return int(serve(*self.arrays, closes))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Requests and tokens, as `Totals.result` takes them."""
+        return {
+            "requests": self._sum("finished"),
+            "output_tokens": self._sum("output_tokens"),
+            "wasted_tokens": self._sum("wasted_tokens"),
+            "preemptions": self._sum("preempted"),
+        }
+
+    @property
+    def accepted(self) -> int:
+        """Requests that have arrived."""
+        return self._sum("accepted")
 
     def served(self) -> Served:
         """The table of all requests that have arrived."""
@@ -222,60 +291,18 @@ class Iterations:
         """(tokens, 2): the request and the time of every token, in the order in which they were read."""
         return np.concatenate(self._tokens or [np.empty((0, 2), np.int64)])
 
-    def spans(self) -> list[Span]:
-        """The spans of the window, of the first replica, by start."""
-        logged = int(self.arrays.replicas[0]["logged"])
-        rows = self._table(0, "log_at", state.LOG_COLUMNS * logged).reshape(-1, state.LOG_COLUMNS).tolist()
-        rows.sort(key=lambda row: (row[3], row[4]))
-        return [Span(row[0], LANES[row[1]], STAGES[row[2]].removeprefix("device_"), *row[3:]) for row in rows]
-
-    def note_extrapolations(self) -> None:
-        """Tell the costs of what was asked for outside the measured range."""
-        costs = self._costs[0]
-        curves = costs.device.decode
-        size = 2 * len(curves) + 4
-        seen = np.array([self._table(k, "extrapolated_at", size).reshape(-1, 2) for k in range(len(self._costs))])
-        low, high = seen[..., 0].min(axis=0), seen[..., 1].max(axis=0)
-        tell: list[Callable[[int], None]] = [lambda n, curve=curve: costs.note_context(curve, n) for curve in curves]  # type: ignore[misc]
-        for note, least, most in zip([*tell, costs.note_rows, costs.note_prefill], low, high, strict=True):
-            if most >= 0:
-                note(int(least))
-                note(int(most))
-
     def _series(self) -> Series:
         return added_series([Series(*s["series"][: s["moments"]].T.copy()) for s in self.arrays.replicas])
 
-    def _sum(self, name: str) -> int:
-        return int(self.arrays.replicas[name].sum())
-
-    def _table(self, k: int, name: str, size: int) -> Int64:
-        at = int(self.arrays.replicas[k][name])
-        return np.asarray(self.arrays.integers[at : at + size])
-
-    def _refill(self) -> None:
-        """Give every replica draws for as many steps as its buffers hold."""
-        floats, quota = self.arrays.floats, FIRST_QUOTA if self._fresh else QUOTA
-        self._fresh = False
-        for s, streams, stops in zip(self.arrays.replicas, self._draws, self._stops, strict=True):
-            for name, (stream, stop) in enumerate(zip(streams, stops, strict=True)):
-                begin, at = self._begins[s["number"]][name], s["positions"][name]
-                kept, wanted = stop - at, draws_for(quota, name)
-                if kept < wanted:
-                    floats[begin : begin + kept] = floats[at:stop].copy()
-                    floats[begin + kept : begin + wanted] = stream.take(wanted - kept)
-                    s["positions"][name], stops[name] = begin, begin + wanted
-        self.arrays.replicas["quota"] = quota
-
     def _drain(self) -> None:
-        """Empty the buffers."""
         replicas = self.arrays.replicas
         for k, s in enumerate(replicas):
-            self._steps[k].append(self._table(k, "steps_at", s["steps"]).copy())
             self._weights[k].append(self._table(k, "weights_at", s["steps"]).copy())
             self._extras.append(self._table(k, "extras_at", s["extras"]).copy())
             self._tokens.append(self._table(k, "tokens_at", 2 * s["tokens_kept"]).reshape(-1, 2).copy())
-        for name in ("steps", "extras", "tokens_kept"):
+        for name in ("extras", "tokens_kept"):
             replicas[name] = 0
+        super()._drain()
 
 
 def draws_for(steps: int, name: int) -> int:
@@ -306,7 +333,7 @@ def _arrays(
         65_536 + 8 * seqs if token_times else 0,
         LOG_ROWS if window else 0,
     )
-    values = _costs(costs, seqs, integers, floats) | {
+    values = cost_settings(costs, seqs, integers, floats) | {
         "asynchronous": asynchronous,
         "max_num_seqs": seqs,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
@@ -378,15 +405,15 @@ def _arrays(
     return Arrays(settings, replicas, requests, flights, integers.array(), floats.array())
 
 
-def _costs(costs: ProfileCosts, seqs: int, integers: Layout, floats: Layout) -> dict[str, Any]:
+def cost_settings(costs: ProfileCosts, seqs: int, integers: Layout, floats: Layout) -> dict[str, Any]:
     """The costs as settings; their tables go to the flat arrays."""
     device, loop, latencies = costs.device, costs.loop, costs.latencies
     curves, prefill = device.decode, device.prefill
     sizes = np.array([curve.size for curve in curves])
-    phases = np.zeros((len(NAMES), 4))
+    phases = np.zeros((len(NAMES), 5))
     for row, name in zip(phases, NAMES[:-2], strict=False):
         fit = costs.host_fit(name)
-        row[:] = fit.step_ns, fit.seq_ns, fit.prefill_token_ns, fit.admitted_ns
+        row[:] = fit.step_ns, fit.seq_ns, fit.prefill_token_ns, fit.admitted_ns, fit.token_ns
     return {
         "phases": phases,
         "scale": costs.scale,
@@ -399,6 +426,9 @@ def _costs(costs: ProfileCosts, seqs: int, integers: Layout, floats: Layout) -> 
         "wake_up_ns": latencies.wake_up_ns,
         "copy_in_device_ns": loop.copy_in_device_ns,
         "copy_out_device_ns": loop.copy_out_device_ns,
+        "copy_in_device_seq_ns": loop.copy_in_device_seq_ns,
+        "copy_in_device_token_ns": loop.copy_in_device_token_ns,
+        "copy_out_device_seq_ns": loop.copy_out_device_seq_ns,
         "measured_seqs": sizes[-1],
         "curves": len(curves),
         "curve_of_at": integers.add(np.minimum(np.searchsorted(sizes, np.arange(seqs + 1)), len(sizes) - 1)),

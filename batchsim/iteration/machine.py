@@ -45,10 +45,11 @@ def _draw(s: Any, x: Any, name: Int) -> Float:
 
 
 @njit
-def _host_ns(s: Any, c: Any, x: Any, name: Int, seqs: Int, prefill_tokens: Int, admitted: Int) -> Int:
+def _host_ns(s: Any, c: Any, x: Any, name: Int, seqs: Int, prefill_tokens: Int, admitted: Int, tokens: Int) -> Int:
     """See `batchsim.costs.ProfileCosts`; the same operations in the same order give the same bits."""
     ns = c.phases[name, 0] + c.phases[name, 1] * seqs
     ns = ns + (c.phases[name, 2] * prefill_tokens + c.phases[name, 3] * admitted)
+    ns = ns + c.phases[name, 4] * tokens
     return np.int64(np.rint(ns * _draw(s, x, name) * c.scale))
 
 
@@ -77,13 +78,13 @@ def spend(s: Any, c: Any, m: Any, step: Int, stage: Int, cost: Int) -> None:
 @njit
 def phase(s: Any, c: Any, m: Any, x: Any, f: Any, stage: Int) -> None:
     """A host phase whose cost depends on the batch."""
-    spend(s, c, m, f.step, stage, _host_ns(s, c, x, stage, f.seqs, f.prefill_tokens, f.admitted))
+    spend(s, c, m, f.step, stage, _host_ns(s, c, x, stage, f.seqs, f.prefill_tokens, f.admitted, f.tokens))
 
 
 @njit
 def bare_phase(s: Any, c: Any, m: Any, x: Any, stage: Int) -> None:
     """A host phase that no batch belongs to."""
-    spend(s, c, m, NO_STEP, stage, _host_ns(s, c, x, stage, ZERO, ZERO, ZERO))
+    spend(s, c, m, NO_STEP, stage, _host_ns(s, c, x, stage, ZERO, ZERO, ZERO, ZERO))
 
 
 @njit
@@ -111,6 +112,8 @@ def _note(s: Any, m: Any, what: Int, value: Int) -> None:
 
 @njit
 def _decode_ns(s: Any, c: Any, m: Any, x: Any) -> Int:
+    if c.table:
+        return s.service_ns
     curve = m[c.curve_of_at + s.seqs]
     first = m[c.curve_starts_at + curve]
     count = m[c.curve_starts_at + curve + 1] - first
@@ -158,11 +161,11 @@ def launch(s: Any, c: Any, m: Any, x: Any, f: Any) -> None:
         forward_ns = _prefill_ns(s, c, m, x) if prefill else _decode_ns(s, c, m, x)
         _burst(c, s, f, forward_ns, forward_ns, forward_ns, True)
     elif c.graphs and not prefill:
-        host_ns = _host_ns(s, c, x, LAUNCH, f.seqs, f.prefill_tokens, f.admitted)
+        host_ns = _host_ns(s, c, x, LAUNCH, f.seqs, f.prefill_tokens, f.admitted, f.tokens)
         forward_ns = _decode_ns(s, c, m, x)
         _burst(c, s, f, host_ns, forward_ns, forward_ns, True)
     else:
-        host_ns = _host_ns(s, c, x, KERNEL_LAUNCH, ZERO, ZERO, ZERO)
+        host_ns = _host_ns(s, c, x, KERNEL_LAUNCH, ZERO, ZERO, ZERO, ZERO)
         if prefill:
             rows, device_ns, outer_share = s.tokens - s.prefill_tokens, np.float64(_prefill_ns(s, c, m, x)), 0.0
         else:
@@ -192,18 +195,21 @@ def launch(s: Any, c: Any, m: Any, x: Any, f: Any) -> None:
 
 
 @njit
-def _copied(s: Any, c: Any, m: Any, step: Int, lane: Int, reached: Int, ended: Int) -> Int:
+def _copied(s: Any, c: Any, m: Any, f: Any, lane: Int, reached: Int, ended: Int) -> Int:
     """When a copy that the host issues now ends, on a stream reached and last busy until then."""
     start = max(max(reached, s.now_ns + c.copy_ns), ended + c.event_gap_ns)
-    duration, stage, which = c.copy_in_device_ns, DEVICE_COPY_IN, 0
     if lane == OUT_LANE:
-        duration, stage, which = c.copy_out_device_ns, DEVICE_COPY_OUT, 1
+        ns, stage, which = c.copy_out_device_ns + c.copy_out_device_seq_ns * f.seqs, DEVICE_COPY_OUT, 1
+    else:
+        more_ns = c.copy_in_device_seq_ns * f.seqs + c.copy_in_device_token_ns * f.tokens
+        ns, stage, which = c.copy_in_device_ns + more_ns, DEVICE_COPY_IN, 0
+    duration = np.int64(np.rint(ns))
     s.stage_ns[stage] += duration
     s.stage_steps[stage] += 1
-    at = step & (COPIES - 1)
+    at = f.step & (COPIES - 1)
     s.copies[which, at, 0], s.copies[which, at, 1] = start, start + duration
     if s.log_step >= 0:
-        _log(s, c, m, step, lane, stage, start, start + duration, ZERO)
+        _log(s, c, m, f.step, lane, stage, start, start + duration, ZERO)
     return start + duration
 
 
@@ -211,10 +217,10 @@ def _copied(s: Any, c: Any, m: Any, step: Int, lane: Int, reached: Int, ended: I
 def enqueue_sync(s: Any, c: Any, m: Any, x: Any, f: Any) -> None:
     """From the built inputs to the recorded event of `batchsim.schedules.sync`: all on the compute stream."""
     phase(s, c, m, x, f, BUILD_INPUTS)
-    s.reached_ns = s.end_ns = _copied(s, c, m, f.step, IN_LANE, s.reached_ns, s.end_ns)
+    s.reached_ns = s.end_ns = _copied(s, c, m, f, IN_LANE, s.reached_ns, s.end_ns)
     phase(s, c, m, x, f, COPY_IN)
     launch(s, c, m, x, f)
-    s.reached_ns = s.end_ns = _copied(s, c, m, f.step, OUT_LANE, s.reached_ns, s.end_ns)
+    s.reached_ns = s.end_ns = _copied(s, c, m, f, OUT_LANE, s.reached_ns, s.end_ns)
     phase(s, c, m, x, f, COPY_OUT)
     s.reached_ns = f.done_ns = max(s.reached_ns, s.now_ns)
     bare_phase(s, c, m, x, RECORD)
@@ -231,7 +237,7 @@ def _after(reached: Int, now: Int, completed: Int, event_ns: Int) -> Int:
 def enqueue_async(s: Any, c: Any, m: Any, x: Any, f: Any) -> None:
     """From the built inputs to the last recorded event of `batchsim.schedules.async_`, on three streams."""
     phase(s, c, m, x, f, BUILD_INPUTS)
-    s.in_reached_ns = s.in_end_ns = _copied(s, c, m, f.step, IN_LANE, s.in_reached_ns, s.in_end_ns)
+    s.in_reached_ns = s.in_end_ns = _copied(s, c, m, f, IN_LANE, s.in_reached_ns, s.in_end_ns)
     phase(s, c, m, x, f, COPY_IN)
     copied = s.in_reached_ns = max(s.in_reached_ns, s.now_ns)
     bare_phase(s, c, m, x, RECORD)
@@ -242,7 +248,7 @@ def enqueue_async(s: Any, c: Any, m: Any, x: Any, f: Any) -> None:
     bare_phase(s, c, m, x, RECORD)
     s.out_reached_ns = _after(s.out_reached_ns, s.now_ns, computed, c.event_ns)
     bare_phase(s, c, m, x, STREAM_WAIT)
-    s.out_reached_ns = s.out_end_ns = _copied(s, c, m, f.step, OUT_LANE, s.out_reached_ns, s.out_end_ns)
+    s.out_reached_ns = s.out_end_ns = _copied(s, c, m, f, OUT_LANE, s.out_reached_ns, s.out_end_ns)
     phase(s, c, m, x, f, COPY_OUT)
     s.out_reached_ns = f.done_ns = max(s.out_reached_ns, s.now_ns)
     bare_phase(s, c, m, x, RECORD)
@@ -251,7 +257,7 @@ def enqueue_async(s: Any, c: Any, m: Any, x: Any, f: Any) -> None:
 @njit
 def synchronize(s: Any, c: Any, m: Any, x: Any, f: Any) -> None:
     """The host waits for the batch; the idle time before its forward is attributed."""
-    end = s.now_ns + _host_ns(s, c, x, WAIT, f.seqs, f.prefill_tokens, f.admitted)
+    end = s.now_ns + _host_ns(s, c, x, WAIT, f.seqs, f.prefill_tokens, f.admitted, f.tokens)
     if f.done_ns > s.now_ns:
         end = max(end, f.done_ns + c.wake_up_ns)
     spend(s, c, m, f.step, WAIT, end - s.now_ns)
