@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from batchsim.files import write_bytes
-from batchsim.operations import BuildInputs, CopyIn, CopyOut, Forward, Schedule, Update
+from batchsim.operations import CopyIn, CopyOut, Forward, Schedule
 from batchsim.records import Lane, Span
 from batchsim.result import Run
+from batchsim.training_operations import LAUNCHED
 
 Event = dict[str, Any]
 
@@ -33,12 +34,14 @@ _RUNTIME_CALLS = {
     "stream_wait": "cudaStreamWaitEvent",
     "wait": "cudaEventSynchronize",
 }
-_LAUNCHES: dict[str, Lane] = {Forward.phase: "compute", CopyIn.phase: "copy_in", CopyOut.phase: "copy_out"}
+# What a host phase launches: all that is on a lane, or in training one stage of the compute lane.
+_LAUNCHES: dict[str, str] = {
+    Forward.phase: "compute", CopyIn.phase: "copy_in", CopyOut.phase: "copy_out", **LAUNCHED,
+}  # fmt: skip
 _COPIES: dict[Lane, str] = {
     "copy_in": "Memcpy HtoD (Pinned -> Device)",
     "copy_out": "Memcpy DtoH (Device -> Pinned)",
 }
-_HOST_WORK = (Schedule.phase, BuildInputs.phase, Update.phase)
 
 
 def write_trace(path: Path, runs: Sequence[Run]) -> None:
@@ -88,7 +91,7 @@ class _Group:
     def events(self, correlations: Iterator[int]) -> Iterator[Event]:
         yield from self._metadata()
         yield from self._iterations()
-        launches: defaultdict[tuple[int, Lane], deque[tuple[int, int]]] = defaultdict(deque)
+        launches: defaultdict[tuple[int, str], deque[tuple[int, int]]] = defaultdict(deque)
         for span in self.spans:
             if span.lane == "host":
                 correlation = next(correlations)
@@ -98,7 +101,8 @@ class _Group:
         for span in self.spans:
             if span.lane != "host":
                 # Launches before the window are not in the trace; their activity has a number of its own.
-                calls = launches[span.step, span.lane]
+                stage = span.stage if span.stage in LAUNCHED.values() else span.lane
+                calls = launches[span.step, stage]
                 correlation, launched_ns = calls.popleft() if calls else (next(correlations), None)
                 if launched_ns is not None:
                     yield self._flow("s", correlation, self.host, self.host, launched_ns)
@@ -132,14 +136,16 @@ class _Group:
 
     def _host_event(self, span: Span, correlation: int) -> Event:
         args = {"step": span.step, "stage": span.stage}
-        if span.stage in _HOST_WORK:
-            name, category = span.stage, "cpu_op"
-        else:
+        if span.stage in _LAUNCHES or span.stage in _RUNTIME_CALLS:
             name, category = self._runtime_call(span), "cuda_runtime"
             args["correlation"] = correlation
+        else:
+            name, category = span.stage, "cpu_op"
         return self._complete(category, name, self.host, self.host, span.start_ns, span.end_ns, args)
 
     def _runtime_call(self, span: Span) -> str:
+        if span.stage in LAUNCHED:
+            return "cudaLaunchKernel"
         if span.stage == Forward.phase:
             return "cudaGraphLaunch" if self.graphs and span.step not in self.prefills else "cudaLaunchKernel"
         return _RUNTIME_CALLS[span.stage]
