@@ -7,27 +7,23 @@ a grid of batch sizes, contexts and prompt chunks, sync and async, with and with
 from __future__ import annotations
 
 import json
-import random
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 
-from batchsim.errors import RunError
 from batchsim.files import write_text
 from batchsim.model import MODELS, ModelShape
 from batchsim.profile import KernelCounts, Profile
 from batchsim.schedules import SCHEDULES
-from calibration.cells import Cell, Samples, plan, read_samples
+from calibration.cells import Cell, plan, read_samples
 from calibration.copies import measure_copies
 from calibration.device import kv_room_bytes, prepare
 from calibration.executor import Decoder, Executor, build
 from calibration.fit import fit_profile
 from calibration.provenance import MACHINE_KEYS, QuietCore, provenance
+from calibration.store import Store
 
 Progress = Callable[[float, str], None]
 BLOCK_SIZE = 16
@@ -39,9 +35,6 @@ PREFILL_TOKENS = (320, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144,
 ROUNDS = 2
 # What has to be the same for a calibration to be resumed.
 RESUMABLE = (*MACHINE_KEYS, "torch", "triton")
-# Host times of a run do not count when these calls, the same for every batch, took so many times as long as they do.
-FIXED_PHASES = ("copy_in", "copy_out", "record")
-DISTURBED = 1.4
 
 
 def calibrate(
@@ -62,7 +55,7 @@ def calibrate(
     settings = model_settings(shape, device)
     cells = cells_of(settings)
     partial = out.with_name(out.name + ".partial")
-    store = _Store(partial, {"model": model} | {key: facts.get(key) for key in RESUMABLE}, resume=resume)
+    store = Store(partial, {"model": model} | {key: facts.get(key) for key in RESUMABLE}, resume=resume)
     executor = executor_of(shape, device, settings)
     executors = {True: executor, False: Executor(executor.decoder, graphs=False)}
     with QuietCore(move=device == "cuda") as core:
@@ -158,70 +151,3 @@ def model_settings(shape: ModelShape, device: str) -> dict[str, Any]:
         "num_kv_blocks": tokens // BLOCK_SIZE,
         "device_memory_bytes": torch.cuda.mem_get_info()[1],
     }
-
-
-class _Store:
-    """Runs measured so far (a cell's key and its samples), saved now and then."""
-
-    SAVE_EVERY_S = 10.0
-
-    def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool) -> None:
-        self.path = path
-        self.identity = identity
-        self.runs: list[tuple[str, Samples]] = []
-        self._saved_s = time.monotonic()
-        if resume and path.exists():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                found, self.runs = content["identity"], [(key, samples) for key, samples in content["runs"]]
-            except (ValueError, KeyError, TypeError):
-                raise RunError(f"{path}: is no interrupted calibration; remove it to start anew") from None
-            if found != identity:
-                raise RunError(f"{path}: was measured for {found}, not {identity}; remove it to start anew")
-
-    def pending(self, cells: list[Cell], rounds: int) -> Iterator[tuple[float, Cell]]:
-        """(fraction done, cell) for every run still to do; each round visits all cells in an order of its own."""
-        done = Counter(key for key, _ in self.runs)
-        for round_ in range(rounds):
-            order = sorted(cells, key=lambda cell: cell.key)
-            random.Random(round_).shuffle(order)
-            for i, cell in enumerate(order):
-                if done[cell.key] <= round_:
-                    yield (round_ + i / len(order)) / rounds, cell
-
-    def add(self, cell: Cell, samples: Samples) -> None:
-        self.runs.append((cell.key, samples))
-        if time.monotonic() - self._saved_s > self.SAVE_EVERY_S:
-            self.save()
-
-    def save(self) -> None:
-        write_text(self.path, json.dumps({"identity": self.identity, "runs": self.runs}, separators=(",", ":")))
-        self._saved_s = time.monotonic()
-
-    def disturbed(self) -> list[bool]:
-        """For each run, whether the host was disturbed: whether its batch-independent calls took clearly longer than
-        in the quietest tenth of the runs of its kind."""
-        took = [sum(median(samples.get(phase, [0])) for phase in FIXED_PHASES) for _, samples in self.runs]
-        kinds = [key.rsplit("/", 2)[0] for key, _ in self.runs]
-        quiet = {
-            kind: quantiles([t for t, k in zip(took, kinds, strict=True) if k == kind], n=10)[0] for kind in set(kinds)
-        }
-        return [t > DISTURBED * quiet[kind] for t, kind in zip(took, kinds, strict=True)]
-
-    def measured(self, cells: list[Cell]) -> dict[Cell, Samples]:
-        """All samples of each cell, without the host's times in disturbed runs."""
-        by_key: dict[str, Samples] = {}
-        for (key, samples), disturbed in zip(self.runs, self.disturbed(), strict=True):
-            merged = by_key.setdefault(key, {})
-            for stage, values in samples.items():
-                if not disturbed or stage in _of_the_device(key):
-                    merged.setdefault(stage, []).extend(values)
-        return {cell: by_key[cell.key] for cell in cells if cell.key in by_key}
-
-
-def _of_the_device(key: str) -> tuple[str, ...]:
-    """The samples of a cell's runs that tell of the device whatever the host does."""
-    if "/eager/decode/" in key:  # as long as the host makes it
-        return ()
-    # The launches of prompts tell whether they or the device set the pace.
-    return ("decode", "prefill", "gap", "launch") if "/prefill/" in key else ("decode", "gap")

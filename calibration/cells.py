@@ -68,6 +68,13 @@ class Cell:
     def num_tokens(self) -> int:
         return self.num_seqs * (self.chunk or 1) + self.decodes
 
+    @property
+    def holds(self) -> dict[str, float]:
+        """What a step's batch holds, by the cost in `PhaseFit` that multiplies it."""
+        prompts = self.num_seqs if self.chunk else 0
+        seqs = self.num_seqs + self.decodes if self.chunk else self.num_seqs
+        return {"step_ns": 1, "seq_ns": seqs, "prefill_token_ns": prompts * self.chunk, "admitted_ns": prompts}
+
     def pairs(self, tile: int) -> int:
         """(query, key) pairs of the prompts of a step, in whole tiles of `tile` queries."""
         return self.num_seqs * attended_pairs(self.context, self.chunk, tile)

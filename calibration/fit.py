@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ LOOP_PHASES = ("schedule", "build_inputs", "copy_in", "copy_out", "record", "str
 # Prompts are measured in the sync loop alone, where every step holds nothing else; what they add to these phases is
 # taken from there.
 PROMPT_PHASES = ("schedule", "build_inputs", "update")
+DIGITS = {"step_ns": 1, "seq_ns": 3, "prefill_token_ns": 4, "admitted_ns": 2, "token_ns": 5}
 
 
 def split_outliers(samples: Sequence[float], least: float = 5.0) -> tuple[Floats, Floats]:
@@ -44,39 +45,40 @@ def bin_means(ratios: Floats, bins: int = BINS) -> list[float]:
     return [round(float(m), 5) for m in means * (ratios.mean() / means.mean())]
 
 
-def fit_phase(cells: Iterable[tuple[Cell, Sequence[float]]], *, per_batch: bool = True) -> PhaseFit:
+class Costed(Protocol):
+    """A cell whose host phases are fitted: what its batch holds, by the cost in `PhaseFit` that multiplies it."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def holds(self) -> Mapping[str, float]: ...
+
+
+def fit_phase(cells: Iterable[tuple[Costed, Sequence[float]]], *, per_batch: bool = True) -> PhaseFit:
     """Non-negative least squares of the cells' means, in relative terms, over what the batch holds.
 
     With `per_batch` off, the cost is the same for every batch.
     """
-    kept: list[tuple[Cell, Floats]] = []
+    kept: list[tuple[Costed, Floats]] = []
     outliers: list[float] = []
     for cell, samples in cells:
         good, bad = split_outliers(samples)
         kept.append((cell, good))
         outliers.extend(bad)
-    rows = np.array([_features(cell) if per_batch else [1.0, 0.0, 0.0, 0.0] for cell, _ in kept])
+    costs = tuple(kept[0][0].holds) if per_batch else ("step_ns",)
+    rows = np.array([[cell.holds[cost] for cost in costs] for cell, _ in kept], np.float64)
     means = np.array([good.mean() for _, good in kept])
     terms, _ = nnls(rows / means[:, None], np.ones(len(means)))
     fitted = rows @ terms
     ratios = np.concatenate([good / max(f, 1.0) for (_, good), f in zip(kept, fitted, strict=True)])
     return PhaseFit(
-        step_ns=round(float(terms[0]), 1),
-        seq_ns=round(float(terms[1]), 3),
-        prefill_token_ns=round(float(terms[2]), 4),
-        admitted_ns=round(float(terms[3]), 2),
+        **{cost: round(float(term), DIGITS[cost]) for cost, term in zip(costs, terms, strict=True)},
         ratios=bin_means(ratios),
         samples=len(ratios),
         outliers=len(outliers),
         outlier_ns=float(sum(outliers)),
         residuals={c.key: round(float(f / m - 1), 4) for (c, _), f, m in zip(kept, fitted, means, strict=True)},
     )
-
-
-def _features(cell: Cell) -> list[float]:
-    if cell.chunk:
-        return [1.0, cell.num_seqs + cell.decodes, cell.num_seqs * cell.chunk, cell.num_seqs]
-    return [1.0, cell.num_seqs, 0.0, 0.0]
 
 
 def fit_loop(
@@ -94,7 +96,7 @@ def fit_loop(
         cells = [(c, s[phase]) for c, s in own.items() if s.get(phase)]
         if phase in PROMPT_PHASES and like is None:
             cells += [(c, s[phase]) for c, s in prefill.items() if s.get(phase)]
-        phases[phase] = fit_phase(cells) if cells else _nothing()
+        phases[phase] = fit_phase(cells) if cells else no_phase()
         if phase in PROMPT_PHASES and like is not None:
             sync = like.phases[phase]
             added = {"prefill_token_ns": sync.prefill_token_ns, "admitted_ns": sync.admitted_ns}
@@ -104,29 +106,29 @@ def fit_loop(
     # A kernel's launch is the same call in both schedules; measured apart they differ by noise alone.
     eager = [(c, s["launch"]) for c, s in measured.items() if not c.graphs and not c.chunk and s.get("launch")]
     per_kernel = [(cell, [ns / kernels.total(cell.num_seqs) for ns in samples]) for cell, samples in eager]
-    gap = _median(own, "gap", like.gap_ns if like else 0)
-    copy_in = _median(own, "device_copy_in", like.copy_in_device_ns if like else 0)
-    copy_out = _median(own, "device_copy_out", like.copy_out_device_ns if like else 0)
+    gap = median_of(own, "gap", like.gap_ns if like else 0)
+    copy_in = median_of(own, "device_copy_in", like.copy_in_device_ns if like else 0)
+    copy_out = median_of(own, "device_copy_out", like.copy_out_device_ns if like else 0)
     return LoopFit(
         phases=phases,
         kernel_launch=fit_phase(per_kernel, per_batch=False),
-        launch_ns=_median(own, "launch_latency", like.launch_ns if like else 0),
-        copy_ns=max(_median(own, "copy_latency", like.copy_ns if like else 0), 0),
+        launch_ns=median_of(own, "launch_latency", like.launch_ns if like else 0),
+        copy_ns=max(median_of(own, "copy_latency", like.copy_ns if like else 0), 0),
         # On one stream the copy out follows the forward after a gap, on two after an event: the same pause.
         event_ns=gap,
         gap_ns=gap,
-        wake_up_ns=max(_median(own, "collect", 0) - copy_out - gap, 0),
+        wake_up_ns=max(median_of(own, "collect", 0) - copy_out - gap, 0),
         copy_in_device_ns=copy_in,
         copy_out_device_ns=copy_out,
     )
 
 
-def _nothing() -> PhaseFit:
+def no_phase() -> PhaseFit:
     """A phase that this loop does not have."""
     return PhaseFit(step_ns=0.0, ratios=[1.0], samples=1, outliers=0, outlier_ns=0.0, residuals={})
 
 
-def _median(cells: Measured, stage: str, default: int) -> int:
+def median_of(cells: Mapping[Any, Samples], stage: str, default: int) -> int:
     """Median over the cells of each cell's median, so that no cell counts more for having more samples."""
     medians = [float(np.median(s[stage])) for s in cells.values() if s.get(stage)]
     return round(float(np.median(medians))) if medians else default
@@ -134,7 +136,7 @@ def _median(cells: Measured, stage: str, default: int) -> int:
 
 def fit_device(measured: Measured, kernels: KernelCounts, tile: int) -> DeviceFit:
     """Device times of forwards, of both schedules together: the device does the same work in either."""
-    decode = [(c, _device_times(s["decode"])) for c, s in measured.items() if c.graphs and not c.chunk]
+    decode = [(c, device_times(s["decode"])) for c, s in measured.items() if c.graphs and not c.chunk]
     points: dict[int, dict[int, list[Floats]]] = {}
     for cell, times in decode:
         points.setdefault(cell.num_seqs, {}).setdefault(cell.kv_tokens, []).append(times)
@@ -152,7 +154,7 @@ def fit_device(measured: Measured, kernels: KernelCounts, tile: int) -> DeviceFi
         for c, s in measured.items()
         if not c.graphs and not c.chunk and s.get("launch")
     ]
-    eager_factor, outer_share = _fit_eager(eager, kernels)
+    eager_factor, outer_share = fit_eager(eager, kernels)
     prefill_fit, prefill_ratios = fit_prefill(measured, curves, tile)
     return DeviceFit(
         decode=curves,
@@ -164,12 +166,12 @@ def fit_device(measured: Measured, kernels: KernelCounts, tile: int) -> DeviceFi
     )
 
 
-def _device_times(samples: Sequence[float]) -> Floats:
+def device_times(samples: Sequence[float]) -> Floats:
     """The samples without outliers; nothing on a device takes half as long again for a reason of its own."""
     return split_outliers(samples, least=1.5)[0]
 
 
-def _fit_eager(eager: Sequence[tuple[int, Samples, float]], kernels: KernelCounts) -> tuple[float, float]:
+def fit_eager(eager: Sequence[tuple[int, Samples, float]], kernels: KernelCounts) -> tuple[float, float]:
     """(factor on the graph's kernel time, share of it outside the layers) of forwards launched kernel by kernel.
 
     Where the device is the bottleneck the forwards' lengths tell the factor; where the host is, a forward ends
@@ -207,7 +209,7 @@ def fit_prefill(measured: Measured, curves: Sequence[DecodeCurve], tile: int) ->
     every = [(c, s) for c, s in measured.items() if c.chunk]
     free = [(c, s) for c, s in every if not _launch_bound(s)]
     # On the CPU a launch computes the forward, and tells nothing.
-    cells = [(c, _device_times(s["prefill"])) for c, s in (free if 2 * len(free) > len(every) else every)]
+    cells = [(c, device_times(s["prefill"])) for c, s in (free if 2 * len(free) > len(every) else every)]
     counts = sorted({cell.num_tokens for cell, _ in cells})
     rows = np.zeros((len(cells), len(counts) + 5))
     times = np.array([values.mean() for _, values in cells])
@@ -268,7 +270,7 @@ def fit_profile(
     )
 
 
-def summary(cell: Cell, samples: Samples) -> dict[str, Any]:
+def summary(cell: Any, samples: Samples) -> dict[str, Any]:
     """A cell as a profile keeps it: quantiles and counts of each stage."""
     stages = {}
     for stage, values in sorted(samples.items()):

@@ -88,7 +88,7 @@ def execute(
     for name, scenario in wanted.items():
         target = folder / f"{name}.json"
         if not target.exists():
-            profile = _profile(scenario.profile, profiles)
+            profile = profile_of(scenario.profile, profiles)
             yield target, validation_json(*validate(scenario, profile, device, repeats=repeats, bench=bench))
 
 
@@ -96,7 +96,7 @@ def execute(
 def predict(folder: Folder, profiles: Profiles = None) -> None:
     """Predict every point in `folder` again, at the host's speed beside its execution; keep what was measured."""
     for path, point in read_points(folder).items():
-        _keep(path, predict_again(point, _profile(point["profile"], profiles)))
+        _keep(path, predict_again(point, profile_of(point["profile"], profiles)))
 
 
 @app.command()
@@ -104,7 +104,7 @@ def table(folder: Folder, profiles: Profiles = None) -> None:
     """Print the table of all points in `folder`, and the summary above it, as Markdown."""
     points = list(read_points(folder).values())
     typer.echo(summary(points))
-    unscaled = [predict_again(point, _profile(point["profile"], profiles), host_speed=1.0) for point in points]
+    unscaled = [predict_again(point, profile_of(point["profile"], profiles), host_speed=1.0) for point in points]
     typer.echo("Without the host's speed beside each point, at the speed that the profile was measured at:")
     typer.echo("\n".join(accuracy(unscaled)))
     typer.echo("")
@@ -170,7 +170,7 @@ def read_points(folder: Path) -> dict[Path, dict[str, Any]]:
     return points
 
 
-def _profile(name: str, folder: Path | None) -> Profile:
+def profile_of(name: str, folder: Path | None) -> Profile:
     return load_profile(name if folder is None else f"{folder / name}.json")
 
 

@@ -161,8 +161,7 @@ def validate(
         "num_kv_blocks": blocks,
         "repeats": {
             schedule: [
-                {"tokens_per_s": round(run.result.throughput_tokens_per_s, 1), "host_speeds": run.host_speeds}
-                for run in repeated
+                {"tokens_per_s": round(run.result.throughput, 1), "host_speeds": run.host_speeds} for run in repeated
             ]
             for schedule, repeated in runs.items()
         },

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from batchsim.batching.continuous import Batch, ContinuousBatcher
+from batchsim.batching.batch import AnyBatch
+from batchsim.batching.continuous import ContinuousBatcher
 from batchsim.costs import ProfileCosts
 from batchsim.machine import Burst, Costs, Latencies, SimulatedMachine
 from batchsim.metrics import Metrics
@@ -40,7 +41,7 @@ class KnownMachine:
         self.random = random.Random(seed)
         self.latencies = Latencies(launch_ns=15_000, copy_ns=4_000, event_ns=2_000, gap_ns=2_000, wake_up_ns=8_000)
 
-    def host_ns(self, phase: str, batch: Batch | None) -> int:
+    def host_ns(self, phase: str, batch: AnyBatch | None) -> int:
         seqs = batch.num_seqs if batch else 0
         admitted = batch.admitted if batch else 0
         prefill = batch.prefill_tokens if batch else 0
@@ -56,10 +57,10 @@ class KnownMachine:
         }[phase]
         return round(mean * self.factor * self.random.uniform(0.95, 1.05))
 
-    def copy_ns(self, phase: str, batch: Batch) -> int:
+    def copy_ns(self, phase: str, batch: AnyBatch) -> int:
         return 3_000
 
-    def launch(self, batch: Batch, kernels: KernelSync) -> Sequence[Burst]:
+    def launch(self, batch: AnyBatch, kernels: KernelSync) -> Sequence[Burst]:
         rows = next((size for size in SIZES if size >= batch.num_seqs), batch.num_seqs)
         if batch.prefill_tokens:
             device = 900_000 + 3_000 * batch.num_tokens + 0.05 * batch.prefill_pairs(TILE) + 9 * batch.kv_tokens

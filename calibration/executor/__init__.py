@@ -8,8 +8,8 @@ import torch
 
 from batchsim.model import ModelShape
 from calibration.executor.decoder import Decoder
+from calibration.executor.decoding import Execution, Executor
 from calibration.executor.inputs import prompt_tokens
-from calibration.executor.machine import Execution, Executor
 
 __all__ = ["Decoder", "Execution", "Executor", "build", "prompt_tokens"]
 
