@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -23,14 +23,16 @@ from batchsim.errors import InputError, RunError, shown
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from batchsim.kinds import AnyProfile, AnyScenario, Kind
     from batchsim.profile import Profile
     from batchsim.result import Run
-    from batchsim.scenario import Scenario
+    from batchsim.training_profile import TrainingProfile
 
     class Tell(Protocol):
         def __call__(self, fraction: float | None, what: str = ...) -> None: ...
 
 
+PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
 FAILED, REFUSED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 app = typer.Typer(
@@ -93,15 +95,13 @@ def run(
 ) -> None:
     """Simulate a scenario at the measured costs of a profile."""
     with _outcome():
-        scenario, costs = _read(file, sets, schedules, profile)
+        kind, scenario, costs = _read(file, sets, schedules, profile)
         _check_folder(out)
         with _blame(file), _progress(f"simulating {file.name}") as progress:
-            from batchsim.engine import simulate
-
             status = None if progress is None else partial(progress, None)
-            predicted = simulate(scenario, costs, progress=progress, status=status, base=file.parent)
+            predicted = kind.simulate(scenario, costs, progress=progress, status=status, base=file.parent)
             interrupted = any(result.partial for result in predicted.results.values())
-            if out is not None and not interrupted:
+            if out is not None and not interrupted and scenario.kind != "training":
                 from dataclasses import replace
 
                 from batchsim.load import load_curve
@@ -109,7 +109,8 @@ def run(
                 if status is not None:
                     status("at other loads")
                 try:
-                    curve = load_curve(scenario, costs, base=file.parent, progress=progress)
+                    simulate = partial(kind.simulate, costs=costs, base=file.parent)
+                    curve = load_curve(scenario, simulate, base=file.parent, progress=progress)
                 except KeyboardInterrupt:
                     interrupted = True
                 else:
@@ -149,14 +150,17 @@ def validate(
         inputs = [(file, *_read(file, sets, schedules, profile)) for file in files]
         _need_torch()
         from batchsim.result import validation_json
-        from calibration.validate import Bench
-        from calibration.validate import validate as compare
 
-        bench = Bench(device)
+        benches: dict[str, Any] = {}
         told = []
-        for file, scenario, costs in inputs:
+        for file, kind, scenario, costs in inputs:
+            if costs is None:
+                wanted = "a model and its profile: a table of times has nothing to execute"
+                raise InputError(str(file), "costs", "a table", wanted)
             with _blame(file), _progress(f"validating {file.name}") as progress:
-                predicted, measured = compare(
+                bench = benches.setdefault(scenario.kind, None) or kind.bench(device)
+                benches = {scenario.kind: bench}  # what another kind's holds of the device is needed
+                predicted, measured = kind.validate(
                     scenario, costs, device, repeats=repeats, progress=progress, bench=bench, base=file.parent
                 )
             told.append(validation_json(predicted, measured))
@@ -228,14 +232,18 @@ def calibrate(
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often each cell of the grid is run.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted calibration.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished or interrupted one.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="Measure training the model, not serving it.")] = False,
 ) -> None:
     """Measure a device and this host, and write a profile."""
     with _outcome():
-        from batchsim.model import MODELS
+        from batchsim.model import MODELS, SERVICES, TRAINED
         from batchsim.refusal import choice
 
-        if model not in MODELS:
-            raise InputError("--model", "", shown(model), choice(model, list(MODELS)))
+        known = list(TRAINED) if training else [*MODELS, *SERVICES]
+        if model not in known:
+            raise InputError("--model", "", shown(model), choice(model, known))
+        if training and resume:
+            raise InputError("--resume", "", "--training as well", "a new calibration: it keeps whole rounds alone")
         if resume and force:
             raise InputError("--resume", "", "--force as well", "one of the two")
         if out.is_dir():
@@ -248,10 +256,119 @@ def calibrate(
         _check_device(device)
         _need_torch()
         with _progress(f"calibrating {model}") as progress:
-            from calibration.calibrate import calibrate as measure
+            if training:
+                from calibration.training.calibrate import calibrate as train
 
-            measure(model, device, out, rounds=rounds, resume=resume, progress=progress)
+                train(model, device, out, precisions=("mixed", "bf16"), rounds=rounds)
+            elif model in SERVICES:
+                from calibration.services.calibrate import calibrate as serve
+
+                serve(model, device, out, rounds=rounds, resume=resume, progress=progress)
+            else:
+                from calibration.calibrate import calibrate as measure
+
+                measure(model, device, out, rounds=rounds, resume=resume, progress=progress)
         typer.echo(f"wrote {out}", err=True)
+
+
+@app.command()
+def memory(
+    file: ScenarioFile,
+    sets: Sets = None,
+    profile: ProfileName = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write memory.json and report.html there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell where the device's memory goes, the largest batch that fits, and what is in the way of a larger one."""
+    with _outcome():
+        _, scenario, costs = _read(file, sets, None, profile)
+        _check_folder(out)
+        if costs is None:
+            raise InputError(str(file), "costs", "a table", "a model: a table of times says nothing of memory")
+        from batchsim.memory import breakdown, library_for
+
+        library = library_for(str(costs.provenance.get("device")))
+        with _blame(file):
+            found = breakdown(scenario, costs.device_memory_bytes, library, file.parent)
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            from rich.console import Console
+
+            from batchsim.report.memory import print_memory
+
+            print_memory(Console(), found)
+        if out is not None:
+            from batchsim.files import write_json
+            from batchsim.report.memory import write_memory_report
+
+            write_json(out / "memory.json", found.to_json())
+            write_memory_report(out / "report.html", found, scenario.model_dump(mode="json"))
+            typer.echo(f"wrote {out}: memory.json, report.html", err=True)
+
+
+@app.command()
+def tune(
+    file: ScenarioFile,
+    slo_ms: Annotated[
+        float | None, typer.Option(metavar="MS", min=1e-6, help="Serve as much as this latency allows (slo.e2e_ms).")
+    ] = None,
+    percentile: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the latency: mean, p50, p90, p95 or p99.")
+    ] = "p99",
+    schedules: Schedules = None,
+    sets: Sets = None,
+    profile: ProfileName = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write tuning.json and report.html there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose batch size and delay of a service, or micro-batch and checkpointing of a training run."""
+    with _outcome():
+        kind, scenario, costs = _read(file, sets, schedules, profile)
+        _check_folder(out)
+        if percentile not in PERCENTILES:
+            raise InputError("--percentile", "", shown(percentile), "mean, p50, p90, p95 or p99")
+        with _blame(file), _progress(f"tuning {file.name}") as progress:
+            found, report = _tune(kind, scenario, costs, percentile, slo_ms, file.parent, progress)
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            from rich.console import Console
+
+            report.print_tuning(Console(), scenario.name, found)
+        if out is not None:
+            from batchsim.files import write_json
+
+            write_json(out / "tuning.json", found.to_json())
+            report.write_tuning(out / "report.html", scenario.name, scenario.model_dump(mode="json"), found)
+            typer.echo(f"wrote {out}: tuning.json, report.html", err=True)
+
+
+def _tune(
+    kind: Kind, scenario: AnyScenario, costs: AnyProfile, percentile: str, slo_ms: float | None, base: Path,
+    progress: Tell | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """What was found, and the module that shows it."""
+
+    def simulate(candidate: AnyScenario) -> Run:
+        return kind.simulate(candidate, costs, base=base)
+
+    if scenario.kind == "training":
+        from batchsim.report import tuning_training
+        from batchsim.tune import training
+
+        found: Any = training.tune(scenario, simulate, cast("TrainingProfile", costs), progress=progress)
+        return found, tuning_training
+    if scenario.kind == "dynamic":
+        from batchsim.report import tuning
+        from batchsim.tune import dynamic
+
+        bound_ms = slo_ms or (scenario.slo.e2e_ms if scenario.slo is not None else None)
+        profile = cast("Profile | None", costs)
+        found = dynamic.tune(scenario, simulate, profile, percentile=percentile, bound_ms=bound_ms, progress=progress)
+        return found, tuning
+    wanted = "dynamic or training: the page of `batchsim run --out` shows what a serving loop does at other loads"
+    raise InputError(None, "kind", scenario.kind, wanted)
 
 
 @app.command()
@@ -319,23 +436,23 @@ def _progress(label: str) -> Iterator[Tell | None]:
 
 def _read(
     file: Path, sets: Sequence[str] | None, schedules: str | None, profile: str | None
-) -> tuple[Scenario, Profile]:
+) -> tuple[Kind, AnyScenario, AnyProfile]:
+    from batchsim.kinds import kind_of
     from batchsim.refusal import Override
-    from batchsim.scenario import load
 
+    kind = kind_of(file)
     overrides: list[str | Override] = list(sets or ())
     if schedules is not None:
         names = [name.strip() for name in schedules.split(",")]
         overrides.append(Override("--schedules", ("schedules",), names))
     if profile is not None:
         overrides.append(Override("--profile", ("profile",), profile))
-    scenario = load(file, overrides)
-    if scenario.tile_profile is not None and (beside := file.parent / scenario.tile_profile).is_file():
-        scenario = scenario.model_copy(update={"tile_profile": str(beside)})
-
-    from batchsim.profile import load_profile
-
-    return scenario, load_profile(scenario.profile, Path() if profile is not None else file.parent)
+    scenario = kind.load(file, overrides)
+    if scenario.kind == "serving" and scenario.tile_profile is not None:
+        beside = file.parent / scenario.tile_profile
+        if beside.is_file():
+            scenario = scenario.model_copy(update={"tile_profile": str(beside)})
+    return kind, scenario, kind.costs(scenario, Path() if profile is not None else file.parent)
 
 
 def _tell(

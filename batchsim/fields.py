@@ -12,7 +12,12 @@ from batchsim.refusal import Override, Refusals, choice, refused
 from batchsim.yaml_loader import Document
 
 # The kinds of scenarios, and the command that takes each.
-COMMANDS = {"serving": "batchsim run", "tiles": "batchsim tiles"}
+COMMANDS = {
+    "serving": "batchsim run",
+    "dynamic": "batchsim run",
+    "training": "batchsim run",
+    "tiles": "batchsim tiles",
+}
 
 MAX_ENTRIES = 1000
 DRAFT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

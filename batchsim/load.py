@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from batchsim.engine import is_open_loop, requests_of, simulate
-from batchsim.profile import Profile
-from batchsim.result import LoadCurve, LoadPoint
-from batchsim.scenario import Scenario
+from batchsim import workload
+from batchsim.result import LoadCurve, LoadPoint, Run
 from batchsim.workload_scenario import TraceWorkload
+
+if TYPE_CHECKING:
+    from batchsim.dynamic_scenario import DynamicScenario
+    from batchsim.scenario import Scenario
+
+    OfRequests: TypeAlias = Scenario | DynamicScenario
 
 # Rates of arrival, as shares of the throughput when all requests are there at the start; and how many requests each.
 LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.1)
@@ -17,8 +22,8 @@ MOST_REQUESTS = 2000
 
 
 def load_curve(
-    scenario: Scenario,
-    profile: Profile,
+    scenario: OfRequests,
+    simulate: Callable[[Any], Run],
     *,
     base: Path = Path(),
     progress: Callable[[float], None] | None = None,
@@ -26,9 +31,10 @@ def load_curve(
     """Every schedule of an open-loop scenario at growing constant rates of arrival; None for others.
 
     All schedules are run at the same rates: shares of what the fastest of them serves when all requests are there. A
-    trace is replayed faster or slower instead.
+    trace is replayed faster or slower instead. `simulate` runs a scenario; a trace's path is relative to `base`.
     """
-    if not is_open_loop(scenario):
+    asked = scenario.workload
+    if asked.max_concurrency is not None or getattr(asked, "request_rate", 0.0) is None:
         return None
     # The schedule tile runs an event for every host call, which would take too long.
     names = tuple(name for name in scenario.schedules if name != "tile")
@@ -36,29 +42,27 @@ def load_curve(
         return None
     update = {"replications": 1, "warm_up_s": 0.0, "level": "iteration", "schedules": names}
     once = scenario.model_copy(update=update)
-    requests = requests_of(once, base)
+    requests = workload.requests_of(asked, seed=scenario.seed, replication=scenario.replication, base=base)
     count = min(len(requests), MOST_REQUESTS)
-    limits: dict[str, float | None] = (
-        {"limit": count} if isinstance(once.workload, TraceWorkload) else {"num_prompts": count}
-    )
+    limits: dict[str, float | None] = {"limit": count} if isinstance(asked, TraceWorkload) else {"num_prompts": count}
     span_s = float(requests.arrival_ns[count - 1] - requests.arrival_ns[0]) / 1e9
     if span_s <= 0:
         return None
 
-    def at(rate: float | None) -> Scenario:
-        if isinstance(once.workload, TraceWorkload):
+    def at(rate: float | None) -> OfRequests:
+        if isinstance(asked, TraceWorkload):
             # A trace is never all there at once, but in a thousandth of the time it nearly is.
             scale = 1000.0 if rate is None else rate * span_s / (count - 1)
-            change = limits | {"rate_scale": once.workload.rate_scale * scale}
+            change = limits | {"rate_scale": asked.rate_scale * scale}
         else:
             change = limits | {"request_rate": rate, **({"burstiness": 1.0} if rate is None else {})}
-        return once.model_copy(update={"workload": once.workload.model_copy(update=change)})
+        return once.model_copy(update={"workload": asked.model_copy(update=change)})
 
-    full = simulate(at(None), profile, base=base).results.values()
-    most = max(result.throughput_requests_per_s or 0.0 for result in full)
+    full = simulate(at(None) if scenario.kind == "serving" else once).results.values()
+    most = max(result.breaking_requests_per_s or result.throughput_requests_per_s or 0.0 for result in full)
     points: dict[str, list[LoadPoint]] = {name: [] for name in names}
     for done, load in enumerate(LOADS):
-        for name, result in simulate(at(most * load), profile, base=base).results.items():
+        for name, result in simulate(at(most * load)).results.items():
             if result.partial is not None:
                 raise KeyboardInterrupt
             points[name].append(LoadPoint.of(most * load, result))

@@ -172,9 +172,12 @@ def parse(text: str, file: str = "scenario", sets: Iterable[str | Override] = ()
 
 def scenario_json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a scenario file of any kind, for editors and other programs."""
+    from batchsim.dynamic_scenario import DynamicScenario
     from batchsim.tiles.scenario import TilesScenario
+    from batchsim.training_scenario import TrainingScenario
 
-    every: TypeAdapter[Any] = TypeAdapter(Annotated[Scenario | TilesScenario, Field(discriminator="kind")])
+    kinds = Scenario | DynamicScenario | TrainingScenario | TilesScenario
+    every: TypeAdapter[Any] = TypeAdapter(Annotated[kinds, Field(discriminator="kind")])
     return {**fields.DRAFT, **every.json_schema(), "title": "BatchSim scenario"}
 
 

@@ -181,9 +181,9 @@ def results_of(run: Run, tables: Mapping[str, Served]) -> dict[str, ScheduleResu
             events=steps // 20,
         ).with_requests(figures)
     if "sync" in results:
-        gained = results["sync"].throughput_tokens_per_s
+        gained = results["sync"].throughput
         results = {
-            name: replace(result, gain_over_sync=result.throughput_tokens_per_s / gained - 1)
+            name: replace(result, gain_over_sync=result.throughput / gained - 1)
             for name, result in results.items()
         }
     return results
@@ -284,7 +284,7 @@ def _result(schedule: str, spans: list[Span], sync: ScheduleResult | None) -> Sc
         idle_ns=_idle_ns(schedule, stages, total_ns - busy_ns),
         stage_ms=stages,
         counts={"requests": 32, "steps": STEPS, "output_tokens": 32 * STEPS, "prefill_steps": 0},
-        gain_over_sync=throughput / sync.throughput_tokens_per_s - 1 if sync else 0.0,
+        gain_over_sync=throughput / sync.throughput - 1 if sync else 0.0,
         warnings=warnings,
     )
 

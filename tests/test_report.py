@@ -70,7 +70,7 @@ def test_errors_are_signed_relative_for_times_and_in_points_for_shares(runs: tup
     truth = runs[0].results["async"]
     guess = replace(
         truth,
-        throughput_tokens_per_s=truth.throughput_tokens_per_s * 0.98,
+        throughput_tokens_per_s=truth.throughput * 0.98,
         device_busy_fraction=truth.device_busy_fraction - 0.004,
         stage_ms={**truth.stage_ms, "launch": truth.stage_ms["launch"] * 1.5, "invented": 1.0},
         gain_over_sync=None,

@@ -14,7 +14,7 @@ import pytest
 
 from batchsim.latency import Slo
 from batchsim.report import write_report
-from batchsim.report.serving import MAX_POINTS, distribution
+from batchsim.report.cumulative import MAX_POINTS, distribution
 from batchsim.report.shown import varied
 from batchsim.report.words import alerts, causes, headline
 from batchsim.result import (
@@ -204,7 +204,7 @@ def test_time_without_requests_is_not_the_hosts_fault(calm: Run) -> None:
 def test_a_host_that_never_rests_while_there_are_requests_is_the_bottleneck(calm: Run) -> None:
     sync = calm.results["sync"]
     idle_ns = {"no_requests": round(0.4 * sync.total_s * 1e9)}
-    slow = replace(sync, throughput_tokens_per_s=sync.throughput_tokens_per_s * 0.9, idle_ns=idle_ns)
+    slow = replace(sync, throughput_tokens_per_s=sync.throughput * 0.9, idle_ns=idle_ns)
     slow = replace(slow, schedule="async", device_busy_fraction=0.3, host_busy_fraction=0.594)
     text = causes(replace(calm, results={"sync": sync, "async": slow}))[1]
     assert "the host is the bottleneck, busy 99.0% of the time" in text

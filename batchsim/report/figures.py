@@ -29,6 +29,14 @@ COLOURS = {
     "update": "#882255",
     "prefill": "#009e73",
     "decode": "#0072b2",
+    "prepare": "#d55e00",
+    "launch_forward": "#56b4e9",
+    "launch_backward": "#66c2a5",
+    "launch_optimizer": "#e7a8cb",
+    "read_loss": "#882255",
+    "forward": "#0072b2",
+    "backward": "#009e73",
+    "optimizer": "#cc79a7",
     "wake_up": "#9aa5b1",
     "launch_latency": "#5b6673",
     "busy": "#0072b2",
@@ -42,9 +50,10 @@ _GAPPY = " with gaps"
 ACROSS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _DARK = "#1c2330"
 # Stages whose colour is too light for white letters.
-_INK = dict.fromkeys(("copy_in", "copy_out", "launch", "stream_wait", "schedule"), _DARK) | dict.fromkeys(
-    ("wait", "no_requests"), "#7b8794"
-)
+_LIGHT = (
+    "copy_in", "copy_out", "launch", "stream_wait", "schedule", "launch_forward", "launch_backward", "launch_optimizer",
+)  # fmt: skip
+_INK = dict.fromkeys(_LIGHT, _DARK) | dict.fromkeys(("wait", "no_requests"), "#7b8794")
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 _ROW_PX = 24
 

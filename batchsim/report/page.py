@@ -15,6 +15,7 @@ from batchsim.report.shown import (
     half_width,
     shown,
     stage_label,
+    unit,
     varied,
 )
 from batchsim.report.words import (
@@ -41,6 +42,7 @@ _ON_CARDS = (
     "launch_gap_fraction",
     "host_busy_fraction",
     "total_s",
+    "to_target.hours",
 )
 _ON_CARDS_OF_REQUESTS = (
     "throughput_requests_per_s",
@@ -49,6 +51,7 @@ _ON_CARDS_OF_REQUESTS = (
     "latency_ms.ttft.p50",
     "latency_ms.ttft.p99",
     "latency_ms.tpot.p50",
+    "latency_ms.e2e.p50",
     "latency_ms.e2e.p99",
     "device_busy_fraction",
     "host_busy_fraction",
@@ -107,9 +110,9 @@ def _card(name: str, predicted: Run, measured: Run | None) -> str:
         if metric.key in found
     ]
     predicted_mark = " predicted" if truth else ""
-    tokens = f'<p class="big">{result.throughput_tokens_per_s:,.0f} <small>tokens/s{predicted_mark}</small></p>'
+    tokens = f'<p class="big">{result.throughput:,.0f} <small>{unit(result)}{predicted_mark}</small></p>'
     if truth:
-        key = "throughput_tokens_per_s"
+        key = result.throughput_key
         by = f", {truth['gain_over_sync']:+.1%} against sync" if chip and "gain_over_sync" in truth else ""
         tokens += f'<p class="measured">measured {truth[key]:,.0f}{by} (error {error_text(key, error[key])})</p>'
     busy = min(max(result.device_busy_fraction, 0.0), 1.0)
@@ -153,7 +156,7 @@ def _groups(predicted: Run, measured: Run | None) -> list[tuple[str, list[Metric
     keys = dict.fromkeys(key for result in results for key in figures(result))
     stages = [key.removeprefix("stage_ms.") for key in keys if key.startswith("stage_ms.")]
     idle = dict.fromkeys(stage for result in results for stage in idle_shares(result))
-    counts = dict.fromkeys(key for result in results for key in result.counts)
+    counts = dict.fromkeys(key for result in results for key in _counts(result))
     requests = (("Requests", REQUEST_METRICS), ("Latency of requests", LATENCY_METRICS)) if varied(predicted) else ()
     return [
         ("Metrics", [metric for metric in METRICS if metric.key in keys]),
@@ -183,4 +186,8 @@ def _cells(metric: Metric, name: str, predicted: Run, measured: Run | None) -> s
 
 def _all_figures(result: ScheduleResult) -> dict[str, float]:
     idle = {f"idle.{stage}": share for stage, share in idle_shares(result).items()}
-    return shown(result) | idle | {f"counts.{key}": value for key, value in result.counts.items()}
+    return shown(result) | idle | {f"counts.{key}": value for key, value in _counts(result).items()}
+
+
+def _counts(result: ScheduleResult) -> dict[str, int]:
+    return result.counts | result.outcomes

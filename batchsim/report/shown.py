@@ -28,12 +28,16 @@ METRICS = (
     Metric("launch_gap_fraction", "launch gaps", ".1%"),
     Metric("host_busy_fraction", "host busy", ".1%"),
     Metric("total_s", "total, s", ",.3f"),
+    Metric("to_target.steps", "steps to the target", ",.0f"),
+    Metric("to_target.tokens", "tokens to the target", ",.3g"),
+    Metric("to_target.hours", "hours to the target", ",.1f"),
 )
 
 REQUEST_METRICS = (
     Metric("throughput_requests_per_s", "requests/s", ",.2f"),
     Metric("goodput_requests_per_s", "goodput, requests/s", ",.2f"),
     Metric("slo_attainment", "within all SLOs", ".1%"),
+    Metric("breaking_requests_per_s", "breaks at, requests/s", ",.1f"),
     Metric("batch_size.mean", "batch size mean", ",.1f"),
     Metric("batch_size.p99", "batch size p99", ",.0f"),
     Metric("waiting.mean", "waiting mean", ",.1f"),
@@ -42,26 +46,47 @@ REQUEST_METRICS = (
     Metric("kv_use.max", "KV use max", ".1%"),
 )
 
-LATENCY_NAMES = dict(zip(LATENCIES, ("TTFT", "TPOT", "ITL", "E2E", "queue"), strict=True))
+LATENCY_NAMES = dict(zip(LATENCIES, ("TTFT", "TPOT", "ITL", "E2E", "queue"), strict=True)) | {
+    "host": "host",
+    "copy_in": "copy in",
+    "device_queue": "device queue",
+    "compute": "compute",
+    "copy_out": "copy out",
+}
 STATISTICS = ("mean", *QUANTILES)
 LATENCY_METRICS = tuple(
     Metric(f"latency_ms.{name}.{statistic}", f"{label} {statistic}, ms", ",.2f")
     for name, label in LATENCY_NAMES.items()
     for statistic in STATISTICS
 )
+_PARTS = ("queue", "host", "copy_in", "device_queue", "compute", "copy_out")
 # Of each latency, what a prediction is held to: a queue is mostly empty, and its quantiles zero.
 COMPARED = tuple(
     metric
     for metric in LATENCY_METRICS
-    if metric.key.endswith((".mean", ".p50", ".p99")) and ".queue." not in metric.key
+    if metric.key.endswith((".mean", ".p50", ".p99")) and not any(f".{part}." in metric.key for part in _PARTS)
 )
 
+# The latencies that a sentence has room for, and where no tokens are generated those.
+_SPOKEN = (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"))
+_SPOKEN_OF_ANSWERS = (("e2e", "p50"), ("e2e", "p99"))
 _OF_REQUESTS = {each.name for each in fields(RequestFigures)}
+
+
+def spoken(result: ScheduleResult) -> tuple[tuple[str, str], ...]:
+    """The latencies, and of each the statistic, that sentences tell of."""
+    return _SPOKEN if "ttft" in result.latency_ms else _SPOKEN_OF_ANSWERS
+
+
+def unit(result: ScheduleResult) -> str:
+    """What `ScheduleResult.throughput` counts."""
+    return "tokens/s" if result.throughput_tokens_per_s is not None else "requests/s"
 
 
 def varied(run: Run) -> bool:
     """Whether requests arrive over time or differ in length: only then do their latencies tell more than the steps'."""
     if not run.served:
+        # A trained model answers no requests; what was read from a file has no tables.
         return any(result.latency_ms for result in run.results.values())
     lengths = (column for table in run.served.values() for column in (table.prompt_tokens, table.output_tokens))
     return arrives(run) or any(len(column) > 0 and column.min() < column.max() for column in lengths)
@@ -69,7 +94,9 @@ def varied(run: Run) -> bool:
 
 def arrives(run: Run) -> bool:
     """Whether requests are known to arrive over time."""
-    return any(len(table.arrival_ns) > 0 and table.arrival_ns[-1] > 0 for table in run.served.values())
+    arrivals = [table.arrival_ns for table in run.served.values()]
+    arrivals += [table.requests["arrival_ns"] for table in run.answered.values()]
+    return any(len(each) > 0 and each[-1] > 0 for each in arrivals)
 
 
 def compared(run: Run) -> tuple[Metric, ...]:

@@ -37,11 +37,22 @@ from batchsim.result import Run, ScheduleResult, errors
 
 _IDLE_TITLE = "device idle for"
 _BAR_CELLS = 16
+OUTCOMES = ("refused", "dropped", "served_late")
 _SCHEDULES_ABREAST = 2
 _WIDE = 1e6
 _ENDS = ("gain_over_sync", "step_ms.p99", "total_s", "slo_attainment")
 # Told in the page; none of the tables shows them, or they say what they are.
-_NOT_PRINTED = ("stage_ms", "counts", "unstable", "partial", "engine_s", "iterations", "decisions", "events")
+_NOT_PRINTED = (
+    "stage_ms",
+    "batch_histogram",
+    "counts",
+    "unstable",
+    "partial",
+    "engine_s",
+    "iterations",
+    "decisions",
+    "events",
+)
 
 
 def print_run(console: Console, predicted: Run, measured: Run | None = None) -> None:
@@ -117,6 +128,10 @@ def _figures(run: Run) -> Table:
             table.add_row(metric.label, *cells, end_section=metric.key in _ENDS)
     if varied(run) and any("preemptions" in result.counts for result in run.results.values()):
         table.add_row("preemptions", *(_number(run.results[name].counts.get("preemptions"), ",d") for name in found))
+    for outcome in OUTCOMES:
+        if any(result.outcomes.get(outcome) for result in run.results.values()):
+            cells = (_number(run.results[name].outcomes.get(outcome), ",d") for name in found)
+            table.add_row(outcome.replace("_", " "), *cells)
     return table
 
 

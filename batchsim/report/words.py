@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from batchsim.operations import HOST_PHASES, Forward, Synchronize
-from batchsim.report.shown import LATENCY_NAMES, arrives, error_text, ms_text, stage_label, varied
+from batchsim.report.shown import LATENCY_NAMES, arrives, error_text, ms_text, spoken, stage_label, unit, varied
 from batchsim.result import Run, ScheduleResult, errors
 
 HOST_WORK = tuple(phase for phase in HOST_PHASES if phase != Synchronize.phase)
 
 # Below, a gain is noise; above, host or device count as the bottleneck.
 NEGLIGIBLE_GAIN = 0.005
+NEGLIGIBLE_LOSS = 0.001
 HOST_BOUND = 0.95
 DEVICE_BOUND = 0.99
 
 # How much throughput, of schedules that serve what arrives, may differ by how soon the last requests are done.
 _LAST_REQUESTS = 0.05
-
-# The latencies that a sentence has room for.
-_SPOKEN = (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"))
 
 _NO_REQUESTS = "no_requests"
 _ALONE = "Preparing batches ahead can hide host time: compare with --schedules sync,async."
@@ -78,15 +76,37 @@ def causes(run: Run) -> list[str]:
 
 
 def alerts(runs: Iterable[Run]) -> list[str]:
-    """What makes figures doubtful: runs that were interrupted, and queues that only grow."""
+    """What makes figures doubtful: runs that were interrupted, queues that only grow, requests that were lost."""
     told = list(runs)
     return [
         f"{name}{', ' + run.source if len(told) > 1 else ''}: {text}"
         for run in told
         for name, result in run.results.items()
-        for text in (result.partial, result.unstable)
+        for text in (result.partial, result.unstable, _lost(result))
         if text is not None
     ]
+
+
+def lost_share(result: ScheduleResult) -> float:
+    """The share of requests that were refused or dropped."""
+    found = result.outcomes
+    return (found["refused"] + found["dropped"]) / max(found["arrivals"], 1) if found else 0.0
+
+
+def _lost(result: ScheduleResult) -> str | None:
+    """A sentence where more than a few requests get no answer, or a late one."""
+    found = result.outcomes
+    if not found or max(lost_share(result), found["served_late"] / max(found["arrivals"], 1)) < NEGLIGIBLE_LOSS:
+        return None
+    kinds = {
+        "refused": "refused (the queue was full)",
+        "dropped": "dropped (they waited too long)",
+        "served_late": "served late",
+    }
+    parts = [f"{found[kind]:,} {text}" for kind, text in kinds.items() if found[kind]]
+    breaks = result.breaking_requests_per_s
+    more = f"; no more than {breaks:,.0f} requests/s can be served" if breaks is not None else ""
+    return f"of {found['arrivals']:,} requests {', '.join(parts)}{more}"
 
 
 def effort(run: Run) -> list[str]:
@@ -94,7 +114,8 @@ def effort(run: Run) -> list[str]:
     lines = []
     for name, result in run.results.items():
         if result.engine_s is not None:
-            parts = [f"{result.counts['requests']:,} requests"]
+            what = "requests" if "requests" in result.counts else "steps"
+            parts = [f"{result.counts[what]:,} {what}"]
             counts = {"iterations": result.iterations, "decisions": result.decisions, "events": result.events}
             parts += [f"{count:,} {what}" for what, count in counts.items() if count is not None]
             lines.append(f"{name}: simulated {', '.join(parts)} in {ms_text(result.engine_s * 1e3)}")
@@ -107,14 +128,14 @@ def agreement(predicted: Run, measured: Run) -> str:
     for name, result in measured.results.items():
         if name in predicted.results:
             error = errors(predicted.results[name], result)
-            tokens = error_text("throughput_tokens_per_s", error["throughput_tokens_per_s"])
+            speed = error_text(result.throughput_key, error[result.throughput_key])
             busy = error_text("device_busy_fraction", error["device_busy_fraction"])
             latencies = [
                 f", {LATENCY_NAMES[latency]} {statistic} {error_text(key, error[key])}"
-                for latency, statistic in _SPOKEN
+                for latency, statistic in spoken(result)
                 if (key := f"latency_ms.{latency}.{statistic}") in error and varied(predicted)
             ]
-            sentences.append(f"{name}: tokens/s {tokens}, device busy {busy}{''.join(latencies)}")
+            sentences.append(f"{name}: {unit(result)} {speed}, device busy {busy}{''.join(latencies)}")
     return "Prediction minus execution: " + "; ".join(sentences) + "."
 
 
@@ -125,23 +146,24 @@ def unique_warnings(runs: Iterable[Run]) -> list[str]:
 
 def _keep_up(run: Run, baseline: ScheduleResult, other: ScheduleResult) -> bool:
     """Whether what limits both schedules is that no more requests arrive."""
-    stable = baseline.unstable is None and other.unstable is None
+    both = (baseline, other)
+    stable = all(each.unstable is None and lost_share(each) < _LAST_REQUESTS for each in both)
     return arrives(run) and stable and abs(_gain(baseline, other)) < _LAST_REQUESTS
 
 
 def _gain(baseline: ScheduleResult, other: ScheduleResult) -> float:
-    return other.throughput_tokens_per_s / baseline.throughput_tokens_per_s - 1
+    return other.throughput / baseline.throughput - 1
 
 
 def _tokens(baseline: ScheduleResult, other: ScheduleResult) -> str:
-    left, right = baseline.throughput_tokens_per_s, other.throughput_tokens_per_s
-    return f"{left:,.0f} \N{RIGHTWARDS ARROW} {right:,.0f} tokens/s"
+    left, right = baseline.throughput, other.throughput
+    return f"{left:,.0f} \N{RIGHTWARDS ARROW} {right:,.0f} {unit(baseline)}"
 
 
 def _latencies(baseline: ScheduleResult, other: ScheduleResult) -> str:
     """`TTFT p50 81.2 ms -> 60.4 ms, ...`, of what both have."""
     parts = []
-    for name, statistic in _SPOKEN:
+    for name, statistic in spoken(baseline):
         left, right = (result.latency_ms.get(name, {}).get(statistic) for result in (baseline, other))
         if left is not None and right is not None:
             change = f"{ms_text(left)} \N{RIGHTWARDS ARROW} {ms_text(right)}"
@@ -150,10 +172,10 @@ def _latencies(baseline: ScheduleResult, other: ScheduleResult) -> str:
 
 
 def _reached(result: ScheduleResult, latencies: bool) -> str:
-    text = f"{result.schedule}: {result.throughput_tokens_per_s:,.0f} tokens/s"
+    text = f"{result.schedule}: {result.throughput:,.0f} {unit(result)}"
     found = [
         f", {LATENCY_NAMES[name]} {statistic} {ms_text(result.latency_ms[name][statistic])}"
-        for name, statistic in _SPOKEN
+        for name, statistic in spoken(result)
         if latencies and name in result.latency_ms
     ]
     return text + "".join(found)
