@@ -40,8 +40,8 @@ AnyKeyed = TypeVar("AnyKeyed", bound=Keyed)
 class Store:
     """Runs measured so far (a cell's key and its samples), saved now and then.
 
-    With `resume`, those that `path` holds; raises RunError if they are not of `identity`. `kind` of a key names the runs
-    in which calls that are the same for every batch take as long, if the host is not disturbed.
+    With `resume`, those that `path` holds; raises RunError if they are not of `identity`. `kind` of a key names the
+    runs in which FIXED_PHASES take equally long as long as nothing disturbs the host.
     """
 
     SAVE_EVERY_S = 10.0

@@ -18,24 +18,22 @@ from batchsim.batching.dynamic import DynamicBatch, DynamicBatcher, Requested
 from batchsim.costs import ProfileCosts
 from batchsim.dynamic_scenario import DynamicScenario
 from batchsim.errors import InputError
-from batchsim.files import write_text
 from batchsim.machine import Burst, Costs, Latencies, SimulatedMachine
+from batchsim.model import SERVICES, EncoderShape
 from batchsim.operations import KernelSync
 from batchsim.profile import KernelCounts, Profile, load_profile
 from batchsim.records import Span
 from batchsim.schedules import SCHEDULES
-from calibration.calibrate import profile_text
 from calibration.cells import Samples
-from calibration.services.calibrate import calibrate
+from calibration.services.calibrate import calibrate, grid
 from calibration.services.cells import Cell, Kind, plan
 from calibration.services.fit import fit_profile
-from calibration.services.points import app, scenarios
+from calibration.services.points import app
 from calibration.services.refit import cell_of, refitted, samples_of
 from calibration.services.validate import execute, validate
 
 SIZES, LENGTHS = (1, 2, 4, 8, 16), (64, 128, 256)
 KERNELS = KernelCounts(first=4, layers=12, per_layer=10, last=3, split_rows=0)
-POINTS = Path(__file__).parents[1] / "calibration" / "validation" / "dynamic" / "points.yaml"
 COMMAND = CliRunner()
 
 
@@ -129,6 +127,13 @@ def test_every_cell_is_measured_in_the_batches_that_it_names() -> None:
         assert rests == (len(batches) - 1 if cell.paced else 0)
 
 
+def test_every_length_that_a_server_captures_is_measured() -> None:
+    shape = SERVICES["bert-base"]
+    assert isinstance(shape, EncoderShape)
+    bucket = DynamicScenario.model_fields["length_bucket"].default
+    assert set(grid(shape, "cuda")[1]) >= set(range(bucket, shape.max_length + 1, bucket))
+
+
 def test_fits_give_the_known_costs_back(encoder: Profile, images: Profile) -> None:
     for schedule, factor in (("sync", 1.0), ("async", 1.2)):
         loop = encoder.loops[f"{schedule}/graph"]
@@ -183,22 +188,6 @@ def test_predictions_hold_for_arrivals_that_no_fit_has_seen(
         latency = [ends[batch.index] - request.arrival_ns for batch in batches for request in batch.requests]
         means.append([len(batches), float(np.mean(latency)), float(np.quantile(latency, 0.95))])
     np.testing.assert_allclose(means[1], means[0], rtol=0.05)
-
-
-def test_points_cover_what_is_to_be_shown(encoder: Profile, images: Profile, tmp_path: Path) -> None:
-    for profile in (encoder, images):
-        write_text(tmp_path / f"{profile.name}.json", profile_text(profile))
-    with pytest.raises(InputError, match="h200-resnet-50"):
-        scenarios(POINTS, tmp_path / "nowhere", "resnet")
-    found = scenarios(POINTS, tmp_path)
-    assert len(found) >= 16
-    assert {scenario.model for scenario in found.values()} == {"bert-base", "resnet-50"}
-    assert all(scenario.workload.num_prompts >= 4_000 for scenario in found.values())  # type: ignore[union-attr]
-    assert {0, 1_000, 5_000} <= {scenario.max_queue_delay_us for scenario in found.values()}
-    assert any(scenario.queue_timeout_us and scenario.max_queue_size for scenario in found.values())
-    assert any(scenario.workload.priorities for scenario in found.values())
-    assert any(scenario.workload.kind == "random" for scenario in found.values())
-    assert scenarios(POINTS, tmp_path) == found
 
 
 @pytest.fixture(scope="module", params=["tiny-encoder", "tiny-convnet"])

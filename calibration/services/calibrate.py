@@ -28,8 +28,8 @@ Progress = Callable[[float, str], None]
 
 # Batch sizes that are captured as graphs; other batches are padded to the next one.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-# Lengths that are measured; those between are interpolated.
-LENGTHS = (64, 128, 192, 256, 384, 512)
+# Padded lengths: every one that a server with buckets of 64 captures, for a kernel's tiles make steps between them.
+LENGTHS = tuple(range(64, 513, 64))
 CPU_SIZES, CPU_LENGTHS = (1, 2, 4, 8), (32, 64, 128)
 ROUNDS = 3
 SURVEY_STEPS = 7

@@ -107,8 +107,12 @@ def predict(folder: Folder, profiles: Profiles = None) -> None:
 
 @app.command()
 def table(folder: Folder) -> None:
-    """Print the errors of all points in `folder`, and a summary above them, as Markdown."""
+    """Print the errors of all points in `folder` as Markdown, and above them a summary of each list and of all."""
     points = list(read_points(folder).values())
+    for path in sorted(folder.glob("*.yaml")):
+        names = {entry["name"] for entry in load_yaml(path).data["points"]}
+        if listed := [point for point in points if point["scenario"]["name"] in names]:
+            typer.echo(f"{path.name}: {'; '.join(accuracy(listed))}")
     for line in summary(points):
         typer.echo(line)
     typer.echo("")
@@ -118,16 +122,22 @@ def table(folder: Folder) -> None:
             typer.echo(_row(point, schedule))
 
 
-def summary(points: Sequence[dict[str, Any]]) -> list[str]:
+def accuracy(points: Sequence[dict[str, Any]]) -> list[str]:
     """How far the predictions are from the executions, over all points and schedules, a line a figure."""
     errors = [error for point in points for error in point["error"].values()]
-    lines = [f"{len(errors)} runs of {len(points)} points, none of them fitted to."]
+    lines = [f"{len(errors)} runs of {len(points)} points, none of them fitted to"]
     for key, name in FIGURES.items():
         found = np.array([error[key] for error in errors]) * 100
         lines.append(
             f"{name}: median error {np.median(np.abs(found)):.2f}% (signed {np.median(found):+.2f}%), "
             f"worst {found[np.argmax(np.abs(found))]:+.1f}%"
         )
+    return lines
+
+
+def summary(points: Sequence[dict[str, Any]]) -> list[str]:
+    """As `accuracy`, and how far off the stages and the parts of the latency are."""
+    lines = accuracy(points)
     stages = ", ".join(
         f"{stage} {np.median(found):+.1f} ({found[np.argmax(np.abs(found))]:+.1f})"
         for stage, found in sorted(stage_errors(points).items())
