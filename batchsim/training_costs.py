@@ -16,7 +16,7 @@ class TrainingCosts:
 
     `host_speed` is the speed of one host thread relative to the profile's machine. With `jitter` every micro-batch
     draws its host costs from the measured distribution; without, it pays their means. `prepare_ms_per_sequence` takes
-    the place of what collating a sequence was measured to cost.
+    the place of what collating a sequence was measured to cost; it is prescribed, and not drawn.
     """
 
     def __init__(
@@ -91,9 +91,14 @@ class TrainingCosts:
             return (burst(device_ns, device_ns, 1),)
         count = launches.first if micro.first else launches.later
         host_ns = self._drawn(part, launches.host, first=micro.first)
-        pieces = min(self._profile.layers, count) if part.startswith("layers") else 1
+        bursts = []
+        if part == "layers" and (leading := round(count * self._fit.lead)):
+            lead_ns = round(host_ns * self._fit.lead)
+            bursts.append(burst(lead_ns, 0, leading))
+            host_ns, count = host_ns - lead_ns, count - leading
+        pieces = max(min(self._profile.layers, count), 1) if part.startswith("layers") else 1
         each = zip(shares(host_ns, pieces), shares(device_ns, pieces), shares(count, pieces), strict=True)
-        return [burst(host, device, kernels) for host, device, kernels in each]
+        return bursts + [burst(host, device, kernels) for host, device, kernels in each]
 
     def _device_ns(self, part: str, micro: MicroBatch) -> int:
         tokens, length = micro.tokens, micro.sequence_length
@@ -104,10 +109,12 @@ class TrainingCosts:
 
     def _prepare_ns(self, micro: MicroBatch) -> int:
         fit = self._profile.prepare
-        ns = fit.at(micro.sequences, micro.sequence_length)
-        if self._prepare_ms_per_sequence is not None:
-            ns = self._prepare_ms_per_sequence * 1e6 * micro.sequences + fit.call_ns
-        return round(ns * self._ratio("prepare", fit.ratios) * self._scale)
+        prescribed, ratio = self._prepare_ms_per_sequence, self._ratio("prepare", fit.ratios)
+        if prescribed is None:
+            ns = fit.at(micro.sequences, micro.sequence_length) * ratio
+        else:
+            ns = prescribed * 1e6 * micro.sequences + fit.call_ns * ratio
+        return round(ns * self._scale)
 
     def _drawn(self, name: str, fit: HostFit, *, first: bool) -> int:
         return round(fit.at(first=first) * self._ratio(name, fit.ratios) * self._scale)

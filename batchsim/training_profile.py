@@ -123,11 +123,14 @@ class OptimizerFit(_Model):
 class PrecisionFit(_Model):
     """Everything that depends on the precision.
 
-    `host` by checkpointing (`none`, `full`) and part. On the device a layer that is computed anew takes `recompute`
+    `host` by checkpointing (`none`, `full`) and part. A forward pass that begins on an idle device has spent `lead` of
+    the host's time for its layers before the device falls behind: its first kernels are shorter than their launches. On
+    the device a layer that is computed anew takes `recompute`
     times what its forward does; later micro-batches add their gradients, `accumulate_ns` more by part.
     """
 
     host: dict[str, dict[str, Launches]]
+    lead: Annotated[float, Field(ge=0, le=1)] = 0.0
     device: dict[str, Curve]
     recompute: NonNegativeFloat
     accumulate_ns: dict[str, NonNegativeFloat]

@@ -1,4 +1,4 @@
-"""Device memory: the allocator's rules, laws of breakdowns, edges, refusals, pictures."""
+"""Device memory: laws of tapes and breakdowns, edges, refusals, pictures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.console import Console
 from batchsim.dynamic_scenario import DynamicScenario
 from batchsim.errors import InputError
 from batchsim.memory import Breakdown, breakdown, need_of, peak_bytes, services, serving, training
-from batchsim.memory.allocator import MIB, CachingAllocator, OutOfMemoryError, fits, play
+from batchsim.memory.allocator import MIB, fits, play
 from batchsim.memory.breakdown import DEFINITIONS, largest
 from batchsim.memory.overheads import AttentionKernel, Library
 from batchsim.memory.services import Service
 from batchsim.memory.serving import Serving
-from batchsim.memory.tape import Tape, Term
+from batchsim.memory.tape import Allocate, Tape, Term
 from batchsim.memory.training import Training
 from batchsim.model import MODELS, SERVICES, TRAINED
 from batchsim.report.memory import findings, page, print_memory
@@ -54,73 +54,6 @@ def dynamic_scenario(**keys: object) -> DynamicScenario:
     workload = {"kind": "fixed", "num_prompts": 9, "request_rate": 5.0, "input_len": 300}
     given_ = {"kind": "dynamic", "name": "a service", "model": "bert-base", "profile": "none", "workload": workload}
     return DynamicScenario.model_validate(given_ | keys)
-
-
-# The allocator.
-
-
-@pytest.mark.parametrize(
-    ("size", "block", "segment"),
-    [
-        (1, 512, 2 * MIB), (512, 512, 2 * MIB), (513, 1024, 2 * MIB), (MIB, MIB, 2 * MIB),
-        (MIB + 1, MIB + 512, 20 * MIB), (10 * MIB - 512, 10 * MIB - 512, 20 * MIB), (10 * MIB, 10 * MIB, 10 * MIB),
-        # A piece of up to 1 MiB is not cut off: the request gets it, and it counts as allocated.
-        (11 * MIB + 512, 12 * MIB, 12 * MIB), (12 * MIB + 1, 14 * MIB - 2 * MIB + 512, 14 * MIB),
-    ],
-)  # fmt: skip
-def test_one_block(size: int, block: int, segment: int) -> None:
-    allocator = CachingAllocator()
-    allocator.malloc(size)
-    assert (allocator.allocated, allocator.reserved) == (block, segment)
-
-
-def test_the_smallest_free_block_that_holds_a_request_is_taken_and_neighbours_join() -> None:
-    allocator = CachingAllocator()
-    blocks = [allocator.malloc(size * MIB) for size in (30, 14, 40)]
-    for block in blocks:
-        allocator.release(block)
-    allocator.malloc(13 * MIB)
-    assert allocator.allocated == 14 * MIB  # of the segment of 14, not cut
-    first, second = allocator.malloc(16 * MIB), allocator.malloc(13 * MIB)
-    assert allocator.reserved == 84 * MIB  # both of the segment of 30
-    allocator.release(first)
-    allocator.release(second)
-    allocator.malloc(30 * MIB)
-    assert allocator.reserved == 84 * MIB  # in one piece again
-
-
-def test_free_segments_go_back_before_the_device_is_out_of_memory() -> None:
-    allocator = CachingAllocator(100 * MIB)
-    allocator.release(allocator.malloc(60 * MIB))
-    kept = allocator.malloc(30 * MIB)
-    assert allocator.reserved == 60 * MIB
-    with pytest.raises(OutOfMemoryError):
-        allocator.malloc(70 * MIB)  # what is kept pins the whole segment
-    allocator.release(kept)
-    allocator.malloc(70 * MIB)
-    assert allocator.reserved == 70 * MIB
-
-
-@st.composite
-def tapes(draw: st.DrawFn) -> Tape:
-    tape = Tape()
-    held: list[int] = []
-    sizes: list[int] = draw(st.lists(st.integers(0, 40 * MIB), max_size=60))
-    for size in sizes:
-        place: int = draw(st.integers(0, 60))
-        if place < len(held):
-            tape.free(held.pop(place))
-        else:
-            held.append(tape.new("activations", size))
-    return tape
-
-
-@given(tapes())
-def test_bounds_of_any_tape(tape: Tape) -> None:
-    usage = play(tape)
-    assert sum(usage.terms.values()) + usage.rounding == usage.allocated <= usage.reserved
-    assert fits(tape, usage.reserved)
-    assert not usage.allocated or not fits(tape, usage.allocated - 1)
 
 
 # Laws.
@@ -181,12 +114,30 @@ def test_kv_cache_in_whole_blocks() -> None:
     assert usage.terms["workspace"] == 3 * GPU.product_workspace
 
 
-def test_a_graph_pool_reserves_the_forward_once_more() -> None:
-    # The second length runs before it is captured, beside the pool of the first.
-    program = Service(SERVICES["bert-base"], 32, (512, 512), library=GPU)
-    graphs, eager = (play(services.tape(replace(program, graphs=on))) for on in (True, False))
-    assert graphs.reserved - eager.reserved > 0.9 * graphs.terms["activations"]
-    assert play(services.tape(replace(program, instances=2))).terms["parameters"] == 2 * eager.terms["parameters"]
+@pytest.mark.parametrize("graphs", [True, False])
+def test_what_runs_beside_the_warm_up_reserves_the_forward_once_more(graphs: bool) -> None:
+    # In the graphs' pool, or on the stream of the run.
+    program = Service(SERVICES["bert-base"], 32, (512,), graphs, library=GPU)
+    usage = play(services.tape(program))
+    assert usage.reserved - usage.allocated > 0.9 * usage.terms["activations"]
+    twice = play(services.tape(replace(program, instances=2)))
+    assert twice.terms["parameters"] == 2 * usage.terms["parameters"]
+    assert twice.reserved - usage.reserved > usage.terms["parameters"] + usage.terms["activations"]
+
+
+@pytest.mark.parametrize(
+    ("tape", "workspaces"),
+    [
+        (training.tape(Training(SMALL, 64, 1, 2, library=GPU)), 2),  # forward, and autograd's thread
+        (training.tape(Training(SMALL, 64, 1, 2, checkpointing="full", library=GPU)), 2),
+        (services.tape(Service(SERVICES["resnet-50"], 4, library=GPU)), 2),  # warm-up, and capture
+        (services.tape(Service(SERVICES["bert-base"], 4, (64,), False, 3, GPU)), 4),  # warm-up, and three runs
+        (serving.tape(Serving(MODELS["llama-3.2-1b"], 9, 4, 64, 100, library=GPU)), 3),
+    ],
+)  # fmt: skip
+def test_each_thread_and_stream_that_multiplies_has_a_workspace(tape: Tape, workspaces: int) -> None:
+    taken = [event for event in tape.events if isinstance(event, Allocate) and event.term == "workspace"]
+    assert sum(event.size == GPU.product_workspace for event in taken) == workspaces
 
 
 # Scenarios.

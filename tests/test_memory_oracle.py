@@ -190,7 +190,7 @@ def test_a_forward_is_what_its_tape_says(name: str, length: int) -> None:
     with torch.inference_mode():
         real = traced(lambda: network.forward(items), items, *weights)
     told = Tape()
-    services.forward(told, shape, rows, length)
+    services.Device(told).forward(shape, rows, length)
     assert taken(told) == taken(real)
 
 

@@ -221,6 +221,19 @@ class TestLaws:
         alone = step_ns("async", sequence_length=1, data={"prepare_ms_per_sequence": 0.0})
         assert step_ns("async", sequence_length=1, data=data, host_threads=2) == alone
 
+    def test_a_forward_pass_that_begins_on_an_idle_device_is_led_by_launches(self) -> None:
+        precision = FLAT.precisions["mixed"].model_copy(update={"lead": 0.25})
+        leading = FLAT.model_copy(update={"precisions": {"mixed": precision}})
+
+        def more(schedule: str, length: int) -> int:
+            asked = training(schedules=[schedule], jitter=False, sequence_length=length)
+            found = [simulate(asked, each).results[schedule].step_ms["p50"] for each in (leading, FLAT)]
+            return round((found[0] - found[1]) * 1e6)
+
+        assert more("sync", 4096) == 4 * HOST_NS["layers"] // 4  # of the step's four micro-batches
+        assert more("async", 4096) == 0
+        assert abs(more("async", 1)) <= HOST_NS["layers"] // 100  # bound by launches: as many as without
+
     def test_a_faster_host_shortens_launch_bound_steps_alone(self) -> None:
         assert step_ns("async", sequence_length=1, host_speed=2.0) == pytest.approx(
             step_ns("async", sequence_length=1) / 2, rel=1e-4

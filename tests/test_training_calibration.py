@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from batchsim.schedules.training import TRAINING_SCHEDULES
 from batchsim.training import simulate
 from batchsim.training_profile import PARTS, TrainingProfile, load_training_profile
 from calibration.training import points
-from calibration.training.calibrate import calibrate
+from calibration.training.calibrate import calibrate, extend
 from calibration.training.cells import CPU, GPU
-from calibration.training.executor import TrainingExecutor, Work
-from calibration.training.fit import CALLS, fit_profile, refit
+from calibration.training.device_cells import settled
+from calibration.training.executor import Execution, TrainingExecutor, Work
+from calibration.training.fit import CALLS, fit_profile, profile_text, refit
 from calibration.training.launches import groups_of
+from calibration.training.speed import HostSpeed, beside
 from calibration.training.trainer import Trainer
-from calibration.training.validate import predict_again, validate
-from tests.training_profiles import training
+from calibration.training.validate import Repeat, counted, predict_again, validate
+from tests.training_profiles import small_training_profile, training
 
 TINY = TRAINED["tiny"]
 FOLDER = Path(__file__).parents[1] / "calibration" / "validation" / "training"
@@ -75,6 +78,17 @@ class TestCalibration:
         result = simulate(training(sequence_length=32, jitter=False), profile).results["sync"]
         assert result.device_busy_fraction > 0.5
 
+    def test_a_profile_can_be_extended_by_what_it_lacks(self, profile: TrainingProfile, tmp_path: Path) -> None:
+        out = tmp_path / "cpu-train-tiny.json"
+        out.write_text(profile_text(profile), encoding="utf-8")
+        extended = extend(out, "cpu", grid=replace(CPU, uneven=((3, 20), (5, 20))))
+        assert load_training_profile(str(out)) == extended == refit(extended)
+        assert extended.cells[: len(profile.cells)] == profile.cells
+        added = [entry["cell"] for entry in extended.cells[len(profile.cells) :]]
+        assert [(cell["micro_batch"], cell["sequence_length"]) for cell in added] == [(3, 20), (5, 20)]
+        assert {60, 100} <= set(extended.precisions["mixed"].device["layers"].tokens)
+        assert len(extended.provenance["extended"]) == 1
+
     def test_stored_cells_give_the_same_fit_again(self, profile: TrainingProfile) -> None:
         assert refit(profile) == profile
 
@@ -101,6 +115,7 @@ class TestCalibration:
         out = tmp_path / "points"
         for arguments in (
             ["run", str(tmp_path / "points.yaml"), "--device", "cpu", "--out", str(out), "--repeats", "1"],
+            ["run", str(tmp_path / "points.yaml"), "--device", "cpu", "--out", str(out / "none"), "--bound", "1e9"],
             ["predict", str(out)],
             ["table", str(out)],
         ):
@@ -149,11 +164,11 @@ def known_cells(recompute: float, accumulate_ns: float) -> list[dict[str, Any]]:
 
 
 class TestFit:
-    def fitted(self) -> TrainingProfile:
+    def fitted(self, cells: list[dict[str, Any]] | None = None) -> TrainingProfile:
         counts = {kind: dict.fromkeys((*PARTS, "optimizer"), (10, 12)) for kind in ("none", "full")}
         return fit_profile(
-            known_cells(0.9, 4000.0), {"mixed": counts}, name="known", model="tiny", facts={}, device_memory_bytes=1,
-            overlaps=True, layers=2, round_trip_ns=1.0, base_length=512,
+            cells or known_cells(0.9, 4000.0), {"mixed": counts}, name="known", model="tiny", facts={},
+            device_memory_bytes=1, overlaps=True, layers=2, round_trip_ns=1.0, base_length=512,
         )  # fmt: skip
 
     @pytest.mark.parametrize(("micro", "length"), [(1, 384), (5, 640), (3, 3072), (7, 896), (2, 6000), (40, 1024)])
@@ -177,12 +192,52 @@ class TestFit:
         assert (part.host.at(first=True), part.host.at(first=False)) == (1000, 2000)
         assert (part.first, part.later) == (10, 12)
 
+    def test_the_very_first_micro_batch_counts_for_what_leads_it_alone(self) -> None:
+        cells = known_cells(0.9, 4000.0)
+        for entry in cells:
+            if entry["cell"]["purpose"] == "device":
+                ns = entry["device"]["layers/first"][0]
+                entry |= {"steps": 4, "ahead": False}
+                entry["device"]["layers/first"] = [ns + 300, ns, ns, ns]
+        found, plain = self.fitted(cells), self.fitted()
+        assert found.precisions["mixed"].lead == pytest.approx(300 / 1000)
+        assert plain.precisions["mixed"].lead == 0.0
+        assert found.precisions["mixed"].device == plain.precisions["mixed"].device
+
+    def test_of_many_steps_the_quantiles_count(self) -> None:
+        assert settled([9.0, 1.0, 2.0], steps=3) == [1.0, 2.0]
+        assert settled([1.0, 2.0, 9.0], steps=30) == [1.0, 2.0, 9.0]
+        assert settled([9.0], steps=1) == [9.0]
+
     def test_groups_are_told_apart_by_pauses(self) -> None:
         assert groups_of([0, 1, 2, 50, 51, 200], 10) == [3, 2, 1]
 
 
+class TestHostSpeed:
+    def test_host_times_follow_it_each_by_its_thread_and_prescribed_ones_do_not(self) -> None:
+        profile = small_training_profile(ratios=(1.0,))
+        fast = beside(profile, HostSpeed(forward=2.0, backward=8.0))
+        before, after = (each.precisions["mixed"].host["none"] for each in (profile, fast))
+        assert after["layers"].host.ns == before["layers"].host.ns / 2
+        assert after["layers_backward"].host.later_ns == before["layers_backward"].host.later_ns / 8
+        assert fast.calls["copy_in"].ns == profile.calls["copy_in"].ns / 4
+        assert fast.precisions["mixed"].device == profile.precisions["mixed"].device
+        asked = training(schedules=["sync"], data={"prepare_ms_per_sequence": 2.0}, jitter=False)
+        assert simulate(asked, fast).results["sync"].stage_ms["prepare"] == pytest.approx(2.0 * 16, rel=1e-3)
+        assert beside(profile, HostSpeed()) == profile
+
+    def test_the_repeat_that_counts_ran_on_a_steady_host(self) -> None:
+        def repeat(total_ms: int, before: float, after: float) -> Repeat:
+            return Repeat(Execution(total_ns=total_ms * 1_000_000), HostSpeed(before, before), HostSpeed(after, after))
+
+        steady = [repeat(12, 1.0, 1.02), repeat(10, 1.3, 1.29), repeat(11, 1.1, 1.1)]
+        shaken = [repeat(30, 0.4, 1.3), repeat(5, 1.3, 1.0)]
+        assert counted([*shaken, *steady]).ran.total_ns == 11_000_000
+        assert counted(shaken).ran.total_ns == 5_000_000
+
+
 class TestPointsFiles:
-    @pytest.mark.parametrize("name", ["points.yaml", "choices.yaml"])
+    @pytest.mark.parametrize("name", ["points.yaml", "choices.yaml", "later/points.yaml"])
     def test_no_fit_has_seen_their_shapes(self, name: str) -> None:
         seen = {(cell.micro_batch, cell.sequence_length) for cell in GPU.cells("mixed")}
         for scenario in points.scenarios(FOLDER / name).values():
@@ -193,4 +248,7 @@ class TestPointsFiles:
         assert len(found) >= 20
         assert {each.model for each in found.values()} == set(TRAINED) - {"tiny"}
         assert {each.checkpointing for each in found.values()} == {"none", "full"}
+        later = points.scenarios(FOLDER / "later" / "points.yaml")
+        assert len(later) >= 14 and not set(later) & set(found)
+        assert {each.model for each in later.values()} == {each.model for each in found.values()}
         assert len(points.scenarios(FOLDER / "choices.yaml")) == 2 * (10 + 6 + 6)

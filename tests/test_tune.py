@@ -143,8 +143,11 @@ def test_the_fastest_micro_batch_that_fits_is_chosen() -> None:
 
 def test_what_does_not_fit_is_not_chosen() -> None:
     scenario, library = training_scenario(), library_for("none")
-    largest = scenario.model_copy(update={"micro_batch": scenario.global_batch})
-    short = peak_bytes(largest, 1 << 40, library) * 2 // 3
+    least, most = (
+        peak_bytes(scenario.model_copy(update={"micro_batch": size}), 1 << 40, library)
+        for size in (1, scenario.global_batch)
+    )
+    short = least + (most - least) // 2
     profile = small_training_profile(device_memory_bytes=short)
     found = tune_training(scenario, partial(training.simulate, profile=profile), profile)
     assert any(not trial.fits and trial.step_ms is None for trial in found.trials)

@@ -1,11 +1,13 @@
 """PyTorch's caching allocator: what it counts as allocated and what it reserves, when a tape is played to it.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings. Sizes are rounded up to 512
-bytes. Each stream, and each pool of graphs, has segments of its own. Blocks of at most 1 MiB are cut from segments of 2 MiB; larger ones from free blocks, or from new
-segments: of 20 MiB for less than 10 MiB, else of their own size rounded up to 2 MiB. The smallest free block that holds
-a request is taken, and cut where more than 1 MiB (in small segments: 512 bytes) would be left; otherwise the request
-gets all of it, which then counts as allocated. A released block is joined with free neighbours. Where the device has no
-memory left, segments that are free as a whole go back to it, and it is asked again.
+The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings. Each stream, and each pool of
+graphs, has segments of its own. Sizes are rounded up to 512 bytes. Blocks of at most 1 MiB are cut from segments of 2
+MiB; larger ones from free blocks, or from new segments: of 20 MiB for less than 10 MiB, else of their own size,
+rounded up to 2 MiB. The smallest free block that holds a request is taken, of several the one with the lowest
+address, and cut where more than 1 MiB (in small segments: 512 bytes) would be left; otherwise the request gets all of
+it, which then counts as allocated. A released block is joined with free neighbours. Where the device has no memory
+left, segments that are free as a whole go back to it, and it is asked again. The driver gives addresses from the top
+down, as was seen in histories of the allocator; so of blocks of one size the latest segment's is taken.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from batchsim.memory.tape import GRAPHS, MAIN, Allocate, EmptyCache, Phase, Pool
 
 MIB = 1 << 20
 ALIGNMENT = 512
+ADDRESSES = 1 << 47  # bytes of a process's address space
 SMALL, SMALL_SEGMENT = MIB, 2 * MIB
 LARGE, LARGE_SEGMENT, LARGE_ALIGNMENT = 10 * MIB, 20 * MIB, 2 * MIB
 
@@ -75,7 +78,8 @@ class CachingAllocator:
 
     def __init__(self, capacity: int | None = None) -> None:
         self._capacity = capacity
-        self._address = 0
+        # Ranges of addresses that no segment has, as (end, bytes) from low to high.
+        self._holes = [(ADDRESSES, ADDRESSES)]
         # Free blocks as (size, address) in order, by pool; and those blocks by their addresses.
         self._free: dict[tuple[Pool, bool], list[tuple[int, int]]] = {}
         self._blocks: dict[int, _Block] = {}
@@ -117,8 +121,12 @@ class CachingAllocator:
         """Give segments back to the device that nothing uses; graphs keep theirs as long as they live."""
         for (pool, _), free in self._free.items():
             if not pool.startswith(GRAPHS):
-                self.reserved -= sum(size for size, address in free if self._blocks[address].whole)
-                free[:] = [entry for entry in free if not self._blocks[entry[1]].whole]
+                for size, address in free:
+                    if self._blocks[address].whole:
+                        del self._blocks[address]
+                        self.reserved -= size
+                        self._return(address, size)
+                free[:] = [entry for entry in free if entry[1] in self._blocks]
 
     def _segment(self, size: int, small: bool, pool: Pool) -> _Block:
         size = segment_size(size)
@@ -127,9 +135,22 @@ class CachingAllocator:
             if self.reserved + size > self._capacity:
                 raise OutOfMemoryError
         self.reserved += size
-        # No address is used twice, so that segments never look like neighbours.
-        self._address += size
-        return _Block(self._address - size, size, small, pool)
+        at = max(at for at, (_, room) in enumerate(self._holes) if room >= size)
+        end, room = self._holes[at]
+        self._holes[at : at + 1] = [(end - size, room - size)] if room > size else []
+        return _Block(end - size, size, small, pool)
+
+    def _return(self, address: int, size: int) -> None:
+        """Join a range of addresses with the holes beside it."""
+        at = bisect_left(self._holes, (address, 0))
+        end = address + size
+        if at < len(self._holes) and self._holes[at][0] - self._holes[at][1] == end:
+            above, room = self._holes.pop(at)
+            end, size = above, size + room
+        if at and self._holes[at - 1][0] == address:
+            at -= 1
+            size += self._holes.pop(at)[1]
+        self._holes.insert(at, (end, size))
 
     def _put(self, block: _Block) -> None:
         insort(self._free[block.pool, block.small], (block.size, block.address))

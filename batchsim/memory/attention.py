@@ -17,7 +17,7 @@ def fused(graph: Graph, q: Tensor, k: Tensor, v: Tensor, rows: int, kernel: Atte
     return graph.operation(
         "attention", q.size, q.width, [(each, "temporaries", each.size) for each in (q, k, v)],
         kept=[q.storage, k.storage, v.storage], also=[rows * FLOAT32], keeps_result=True,
-        backward_workspace=[elements * kernel.element + rows * kernel.row],
+        backward_workspace=[elements * kernel.element + rows * kernel.row + kernel.fixed],
     )  # fmt: skip
 
 

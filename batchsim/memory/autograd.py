@@ -16,12 +16,12 @@ from batchsim.memory.tape import Tape, Term
 
 
 class Storage:
-    """Bytes on the device, until it is forgotten."""
+    """Bytes on the device, until it is forgotten; `viewed` where the tensor in hand is a view of another."""
 
-    __slots__ = ("_number", "_tape", "size")
+    __slots__ = ("_number", "_tape", "size", "viewed")
 
-    def __init__(self, tape: Tape, term: Term, size: int) -> None:
-        self.size = size
+    def __init__(self, tape: Tape, term: Term, size: int, *, viewed: bool = False) -> None:
+        self.size, self.viewed = size, viewed
         self._tape = tape
         self._number = tape.new(term, size)
 
@@ -92,6 +92,7 @@ class Graph:
 
         `gradients` are its inputs, with what the gradient of each takes, in the order in which those are made. `kept`
         are storages that making them needs; `also` are sizes that are made and kept with the result, which may be, too.
+        A matrix `product` also takes the thread's workspace, and its gradients are views.
         """
         saved = [self.keep(storage) for storage in kept]
         result = Storage(self.tape, term, size)
@@ -106,7 +107,7 @@ class Graph:
             held = [each() for each in saved]
             found = []
             for term, size in sizes:
-                found.append(Storage(self.tape, term, size))
+                found.append(Storage(self.tape, term, size, viewed=product))
                 if product:
                     self._multiply()
             self.tape.briefly("temporaries", *backward_workspace)
@@ -152,19 +153,25 @@ class Graph:
             node.backward, node.inputs = None, ()
             assert backward is not None
             found = list(backward(gradients[node]))
-            del backward, gradients[node], node
+            # The gradient that came goes first, then what was kept.
+            del gradients[node]
+            del backward, node
             for place in reversed(inputs):
                 fresh = found.pop()
                 if isinstance(place, Parameter):
                     if place.grad is None:
                         place.grad = fresh
                 elif place in gradients:
-                    gradients[place] = Storage(self.tape, "temporaries", fresh.size)
+                    gradients[place] = self.added(gradients[place], fresh)
                 else:
                     gradients[place] = fresh
                     heappush(ready, (-place.number, place))
                 del fresh
         self._thread = "forward"
+
+    def added(self, gradient: Storage, fresh: Storage) -> Storage:
+        """The sum of two gradients: in place of the first, but where that is a view, as what products return is."""
+        return Storage(self.tape, "temporaries", fresh.size) if gradient.viewed else gradient
 
 
 class Stopped(Exception):  # noqa: N818

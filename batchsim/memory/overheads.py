@@ -12,19 +12,20 @@ Bytes = Annotated[int, Field(ge=0)]
 
 
 class AttentionKernel(BaseModel):
-    """What the backward pass of a fused kernel takes for a moment: bytes for each element of the queries, and each row
-    and head."""
+    """What the backward pass of a fused kernel takes for a moment: bytes for each element of the queries, each row and
+    head, and however many there are."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     element: Bytes = 0
     row: Bytes = 0
+    fixed: Bytes = 0
 
 
 class Library(BaseModel):
     """How a device's kernels take memory, and what the process takes beside the allocator.
 
-    Measured by `python -m calibration.memory calibrate`.
+    Measured by `python -m calibration.memory probe`, fitted by `fit`.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -34,7 +35,7 @@ class Library(BaseModel):
     name: str
     provenance: dict[str, object] = {}
     product_workspace: Bytes = 0
-    """Of cuBLAS, for each stream that multiplies matrices; ATen/cuda/CublasHandlePool.cpp asks for it."""
+    """Of cuBLAS, for each thread and stream that multiplies matrices; ATen/cuda/CublasHandlePool.cpp asks for it."""
     attention_kernels: dict[str, AttentionKernel] = {}
     """By bytes of an element, and whether heads share keys and values: `2`, `2 grouped`, `4`."""
     composes_grouped_float: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,6 +48,11 @@ def tape(training: Training) -> Tape:
     for _ in range(2):
         trainer.step()
     return trainer.tape
+
+
+def module(forward: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """As torch calls a module: its inputs are held until its result is there and its own variables are gone."""
+    return forward(*inputs)
 
 
 class _Layer:
@@ -140,8 +145,8 @@ class _Trainer:
         return found
 
     def layer(self, x: Tensor, layer: _Layer, cos: Storage, sin: Storage) -> Tensor:
-        x = self.added(x, self.attention(self.normed(x, layer.attention_norm), layer, cos, sin))
-        return self.added(x, self.mlp(self.normed(x, layer.mlp_norm), layer))
+        x = self.added(x, module(self.attention, self.normed(x, layer.attention_norm), layer, cos, sin))
+        return self.added(x, module(self.mlp, self.normed(x, layer.mlp_norm), layer))
 
     def attention(self, x: Tensor, layer: _Layer, cos: Storage, sin: Storage) -> Tensor:
         q, k, v = (self.linear(x, weight, "attention", "attention") for weight in (layer.query, layer.key, layer.value))
@@ -189,14 +194,14 @@ class _Trainer:
         matrix: Tensor | Parameter = weight
         if self.width != self.compute:
             matrix = self.cast_weight(weight)
-            if x.width != self.compute:
-                x = self.cast(x, self.compute, of)
-        columns = weight.elements // (x.size // self.rows // self.compute)
+        # Who calls holds its own tensor until the product is there.
+        cast = x if x.width == self.compute else self.cast(x, self.compute, of)
+        columns = weight.elements // (cast.size // self.rows // self.compute)
         gradients: Term = "gradients" if matrix is weight else "temporaries"
         return self.graph.operation(
             term, self.rows * columns * self.compute, self.compute,
-            [(matrix, gradients, weight.elements * self.compute), (x, "temporaries", x.size)],
-            kept=[x.storage, matrix.storage], product=True,
+            [(matrix, gradients, weight.elements * self.compute), (cast, "temporaries", cast.size)],
+            kept=[cast.storage, matrix.storage], product=True,
         )  # fmt: skip
 
     def cast(self, x: Tensor, width: int, term: Term) -> Tensor:

@@ -107,13 +107,17 @@ def history(
 
 @app.command()
 def table(
-    points: Points, measured: Annotated[Path, typer.Argument(help="What `run` wrote.")], profile: Profile = None
+    points: Points,
+    measured: Annotated[Path, typer.Argument(help="What `run` wrote.")],
+    only: Only = None,
+    profile: Profile = None,
 ) -> None:
     """Print predictions beside measurements, and a summary above them, as Markdown."""
     from calibration.memory.predict import compare
 
     found = json.loads(measured.read_text(encoding="utf-8"))
-    for line in compare(read(points), found["points"], _library(profile, found["provenance"]["device"])):
+    chosen = [point for point in read(points) if _wanted(point, only)]
+    for line in compare(chosen, found["points"], _library(profile, found["provenance"]["device"])):
         typer.echo(line)
 
 

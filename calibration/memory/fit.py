@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from batchsim.memory.allocator import rounded
 from batchsim.memory.overheads import AttentionKernel, Library
+from batchsim.memory.services import BIAS_WORKSPACE, STEM
 from batchsim.memory.training import SEGMENT_ROWS, SORTED_ROWS
 
-FLOAT32 = 4
-# Channels of a convolution that tensor cores compute: cuDNN copies images of fewer. (`images` tells how far it is off.)
+BFLOAT16, FLOAT32 = 2, 4
+# Channels of a convolution on tensor cores, in 16-byte vectors of bfloat16: cuDNN copies images of fewer.
 PADDED_CHANNELS = 8
+IMAGE, STEM_CHANNELS = 224, 64  # of the convolution in calibration.memory.probe
 VOCABULARY = 32_000  # rows of the table in calibration.memory.probe
 
 
@@ -77,6 +80,14 @@ def _checked(probes: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"{name}, {width} bytes, {rows:,} x {hidden:,}: off by {off[0]:+,} forward, {off[1]:+,} backward"
             )
+    for case in probes.get("stem", []):
+        peak, kept = case["forward"]
+        count = case["images"]
+        padded = (count * IMAGE**2 + STEM_CHANNELS * STEM**2) * PADDED_CHANNELS * BFLOAT16
+        lines.append(f"a convolution of {count} images: off by {peak - kept - padded:+,}")
+    if "biased_product_workspace" in probes:
+        off_by = probes["biased_product_workspace"] - BIAS_WORKSPACE
+        lines.append(f"the workspace of products with a bias: off by {off_by:+,}")
     return lines
 
 
@@ -91,9 +102,13 @@ def _attention(cases: list[dict[str, Any]]) -> tuple[AttentionKernel, str]:
         features.append((pairs * case["head_dim"], pairs))
         extras.append(case["backward"][0] - gradients)
     solution, *_ = np.linalg.lstsq(np.array(features, dtype=float), np.array(extras, dtype=float), rcond=None)
-    element, row = (max(0, round(float(value))) for value in solution)
-    off = [element * a + row * b - extra for (a, b), extra in zip(features, extras, strict=True)]
+    element = max(0, round(float(solution[0])))
+    # Heads of one size leave open what belongs to elements and what to rows: elements take whole bytes. A median,
+    # because a block may be up to 1 MiB larger than what was asked for.
+    rest = [(extra - element * a) / b for (a, b), extra in zip(features, extras, strict=True)]
+    row = max(0, round(median(rest)))
+    fixed = max(0, min(extra - element * a - row * b for (a, b), extra in zip(features, extras, strict=True)))
+    off = [element * a + row * b + fixed - extra for (a, b), extra in zip(features, extras, strict=True)]
     worst = max(off, key=abs)
-    return AttentionKernel(
-        element=element, row=row
-    ), f"{element} bytes an element, {row} a row, off by {worst:+,} bytes"
+    kernel = AttentionKernel(element=element, row=row, fixed=fixed)
+    return kernel, f"{element} bytes an element, {row} a row, {fixed} in any case, off by {worst:+,} bytes"

@@ -68,14 +68,18 @@ def tape_of(program: Program, library: Library) -> Tape:
 
 
 def read(path: Path) -> list[Point]:
-    """The points of a file, each under `serving`, `services` or `training`; one with `capacity_gb` is an edge."""
+    """The points of a file, each under `serving`, `services` or `training`; one with `capacity_gb` is an edge.
+
+    Names of points that are `new` begin so.
+    """
     document: Mapping[str, Any] = load(path).data
     return [_point(kind, dict(entry)) for kind, entries in document.items() for entry in entries]
 
 
 def _point(kind: str, entry: dict[str, Any]) -> Point:
     capacity = entry.pop("capacity_gb", None)
-    name = "-".join(f"{value}" for value in (kind, *entry.values()))
+    label = ["new"] if entry.pop("new", False) else []
+    name = "-".join(f"{value}" for value in (*label, kind, *entry.values()))
     name = name.replace("[", "").replace("]", "").replace(", ", "+")
     model = entry.pop("model")
     program: Program

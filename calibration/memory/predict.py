@@ -22,10 +22,14 @@ def predicted_peak(program: Program, library: Library) -> Usage:
     return play(tape_of(program, library))
 
 
-def predicted_edge(point: Point, library: Library) -> int:
-    """The largest batch of a point's program on a device that has its capacity to give; 0 if none fits."""
+def predicted_edge(point: Point, library: Library, guess: int = 1) -> int:
+    """The largest batch of a point's program on a device that has its capacity to give; 0 if none fits.
+
+    Segments leave gaps, so that a batch may fit where a smaller one does not; then there are several edges, and the
+    one is found that a search from `guess` meets first.
+    """
     capacity = point.capacity or 0
-    return largest(lambda batch: fits(tape_of(with_batch(point.program, batch), library), capacity), MOST)
+    return largest(lambda batch: fits(tape_of(with_batch(point.program, batch), library), capacity), MOST, guess)
 
 
 def compare(points: Sequence[Point], found: Mapping[str, Any], library: Library) -> list[str]:
@@ -36,7 +40,8 @@ def compare(points: Sequence[Point], found: Mapping[str, Any], library: Library)
             continue
         measured = found[point.name]["measured"]
         if point.capacity is not None:
-            edges.append((point.name, measured["largest"], predicted_edge(point, library)))
+            batch = measured["largest"]
+            edges.append((point.name, batch, predicted_edge(point, library, batch)))
             continue
         usage = predicted_peak(point.program, library)
         errors.append(usage.allocated / measured["allocated"] - 1)

@@ -99,6 +99,27 @@ def products() -> int:
     return torch.cuda.memory_allocated() - before
 
 
+def biased_products() -> int:
+    """What the first product to which a bias is added leaves behind, after one without: cuBLASLt's workspace."""
+    products()
+    a = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    functional.linear(a, a, a[0])
+    return torch.cuda.memory_allocated() - before
+
+
+def stem() -> list[dict[str, Any]]:
+    """A convolution of three channels, last in memory, by images: (peak, kept) of its forward."""
+    fresh()
+    found = []
+    with torch.inference_mode():
+        weight = torch.ones(64, 3, 7, 7, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        for count in IMAGES:
+            x = torch.ones(count, 224, 224, 3, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
+            found.append({"images": count, "forward": extra(partial(functional.conv2d, x, weight, None, 2, 3))})
+    return found
+
+
 def images() -> list[dict[str, Any]]:
     """A convolutional network's forward by images: (peak, kept)."""
     from batchsim.model import SERVICES, ConvNetShape
@@ -144,6 +165,8 @@ def probe() -> dict[str, Any]:
         "product_workspace": products(),
         "attention": [*attention(torch.bfloat16), *attention(torch.float32)],
         "rows": rows(),
+        "biased_product_workspace": biased_products(),
+        "stem": stem(),
         "images": images(),
         "graphs": graphs(),
         "context_after": beside(),

@@ -4,6 +4,8 @@ The executor itself is what is measured: it runs a few consecutive optimiser ste
 later, over a grid of micro-batches, in rounds.
 
 python -m calibration.training.calibrate --model llama-160m --device cuda --out calibration/profiles/training
+
+With --extend only the device cells are measured that the profile in the folder lacks, and it is fitted anew.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +25,12 @@ import typer
 from batchsim.files import write_text
 from batchsim.model import TRAINED
 from batchsim.schedules.training import TRAINING_SCHEDULES
-from batchsim.training_profile import PARTS, TrainingProfile
+from batchsim.training_profile import PARTS, TrainingProfile, load_training_profile
 from calibration.device import prepare
-from calibration.provenance import QuietCore, provenance
+from calibration.provenance import MACHINE_KEYS, QuietCore, provenance
 from calibration.training.cells import CPU, GPU, Cell, Grid
 from calibration.training.executor import Execution, Part, TrainingExecutor, Work
-from calibration.training.fit import fit_profile, profile_text
+from calibration.training.fit import fit_profile, profile_text, refit
 from calibration.training.launches import count_launches
 from calibration.training.threads import follow
 from calibration.training.trainer import Precision, Trainer, build_optimizer
@@ -62,8 +64,8 @@ def calibrate(
     launches: dict[str, Any] = {}
     memory = torch.cuda.mem_get_info()[1] if device == "cuda" else 2 << 30
     for precision in precisions:
-        bench = _Bench(model, device, precision, grid, progress)
-        launches[precision] = bench.launches
+        bench = _Bench(model, device, precision, grid, grid.cells(precision), progress)
+        launches[precision] = count_launches(bench.trainer, grid.host_length)
         trip_ns = bench.round_trip_ns()
         for number in range(rounds):
             bench.measure(number)
@@ -80,18 +82,72 @@ def calibrate(
     return profile
 
 
+def extend(
+    out: Path, device: str, *, precisions: Sequence[Precision] = ("mixed",), grid: Grid | None = None,
+    progress: Progress | None = None,
+) -> TrainingProfile:  # fmt: skip
+    """Measure the device cells of the grid that the profile at `out` lacks, fit it anew, write it and return it.
+
+    Raises:
+        InputError: there is no such profile.
+        RunError: no such device.
+    """
+    prepare(device, "calibrate")
+    profile = load_training_profile(str(out))
+    grid = grid or (GPU if device == "cuda" else CPU)
+    measured = [entry["cell"] for entry in profile.cells]
+    entries: list[dict[str, Any]] = []
+    for precision in precisions:
+        missing = _missing(grid.cells(precision), measured)
+        fit = profile.precisions[precision]
+        bench = _Bench(profile.model, device, precision, grid, missing, progress)
+        bench.host_ns = {
+            kind: {part: launches.host.at(first=False) for part, launches in parts.items()}
+            | {"optimizer": fit.optimizers["adamw"].host.ns}
+            for kind, parts in fit.host.items()
+        }
+        bench.measure(0)
+        entries += bench.entries
+        del bench
+        _free(device)
+    command = f"python -m calibration.training.calibrate --device {device} --model {profile.model} --extend"
+    facts = provenance(device, f"{command} --precisions {','.join(precisions)}")
+    extended = [
+        *profile.provenance.get("extended", ()),
+        {key: facts.get(key) for key in ("date", "command", *MACHINE_KEYS)},
+    ]
+    changes = {"cells": [*profile.cells, *entries], "provenance": profile.provenance | {"extended": extended}}
+    profile = refit(profile.model_copy(update=changes))
+    write_text(out, profile_text(profile))
+    return profile
+
+
+def _missing(cells: Sequence[Cell], measured: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """The device cells that have not been measured and are no larger than those that fitted the device."""
+
+    def fits(cell: Cell) -> bool:
+        alike = [each for each in measured if each["purpose"] == "device" and each["precision"] == cell.precision]
+        alike = [each for each in alike if each["checkpointing"] == cell.checkpointing]
+        largest: int = max(each["micro_batch"] * each["sequence_length"] for each in alike)
+        return cell.tokens <= largest
+
+    return [cell for cell in cells if cell.purpose == "device" and cell.to_json() not in measured and fits(cell)]
+
+
 class _Bench:
     """A trainer of one precision, and what was measured with it."""
 
-    def __init__(self, model: str, device: str, precision: Precision, grid: Grid, progress: Progress | None) -> None:
-        self.device, self.grid, self.cells = device, grid, grid.cells(precision)
+    def __init__(
+        self, model: str, device: str, precision: Precision, grid: Grid, cells: Sequence[Cell],
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.device, self.grid, self.cells = device, grid, cells
         self.trainer = Trainer(TRAINED[model], device, precision=precision)
         self.executor = TrainingExecutor(self.trainer)
         self.entries: list[dict[str, Any]] = []
-        self.launches = count_launches(self.trainer, grid.host_length)
         self._slow: set[Cell] = set()
         self._tell = progress or (lambda _: None)
-        self._host_ns: dict[str, dict[str, float]] = {}
+        self.host_ns: dict[str, dict[str, float]] = {}
 
     def measure(self, number: int) -> None:
         """One round over all cells."""
@@ -137,7 +193,7 @@ class _Bench:
             self._run("sync", Work(2, 2, 1, self.grid.host_length))
         self.trainer.checkpointing = "none"
         length = self.grid.base_length
-        until = time.monotonic() + (3.0 if self.device == "cuda" else 0.0)
+        until = time.monotonic() + (1.0 if self.device == "cuda" else 0.0)
         while time.monotonic() < until:
             self._run("async", Work(2, 2, self.grid.length_tokens // length, length))
 
@@ -159,7 +215,7 @@ class _Bench:
             self._keep(cell, found, schedule=schedule)
         # Of the sync loop, and as most micro-batches are: not a step's first.
         middle = {part: float(np.median(ns)) for (part, first), ns in found.parts_host_ns.items() if not first}
-        self._host_ns[cell.checkpointing] = middle
+        self.host_ns[cell.checkpointing] = middle
 
     def _optimizer(self, cell: Cell) -> None:
         own = self.trainer.optimizer
@@ -167,7 +223,7 @@ class _Bench:
         work = Work(HOST_STEPS, 1, cell.micro_batch, cell.sequence_length)
         try:
             self._run("sync", Work(2, 1, cell.micro_batch, cell.sequence_length))
-            asleep = round(2 * self._host_ns["none"]["optimizer"])
+            asleep = round(2 * self.host_ns["none"]["optimizer"])
             self._keep(cell, self._run("sync", work, timed=True, ahead_ns=(0, 0, asleep)))
         finally:
             self.trainer.optimizer = own
@@ -184,8 +240,10 @@ class _Bench:
             self._slow.add(cell)
         work = Work(steps, cell.accumulation_steps, cell.micro_batch, cell.sequence_length)
         retries = _retries(self.device)
+        if self.device == "cuda":
+            self._run("async", work)  # the clock falls under load
         found = self._run("async", work, timed=True)
-        host = self._host_ns[cell.checkpointing]
+        host = self.host_ns[cell.checkpointing]
         micro_ns = sum(
             float(np.median(ns)) for (part, first), ns in found.parts_device_ns.items() if part in PARTS and not first
         )
@@ -250,12 +308,17 @@ def main(
     rounds: Annotated[int, typer.Option(help="How often every cell is measured.")] = 2,
     name: Annotated[str, typer.Option(help="Name of the profile; default: h200-train-MODEL on a GPU.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A few small cells alone, to try it out.")] = False,
+    more: Annotated[bool, typer.Option("--extend", help="Only what the profile in the folder lacks.")] = False,
 ) -> None:
     """Measure a model, and write its profile of training."""
     stem = name or f"{'h200' if device == 'cuda' else 'cpu'}-train-{model}"
+    path = out / f"{stem}.json"
     chosen: Any = tuple(precisions.split(","))
     grid = CPU if quick else None
-    calibrate(model, device, out / f"{stem}.json", precisions=chosen, rounds=rounds, grid=grid, progress=typer.echo)
+    if more:
+        extend(path, device, precisions=chosen, grid=grid, progress=typer.echo)
+    else:
+        calibrate(model, device, path, precisions=chosen, rounds=rounds, grid=grid, progress=typer.echo)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,10 @@ class Cell:
 class Grid:
     """Sizes to measure: micro-batches of `tokens` in sequences of `base_length`, or one of all where they are fewer.
 
-    At `length_tokens` also sequences of other `lengths`; checkpointed at `full_tokens`. The host's times are measured
-    at `host_length`, one sequence at a time. A cell takes about `seconds` a round.
+    `uneven` shapes, (micro_batch, sequence_length), come between: numbers of tokens that no large power of two divides
+    are slower, and most users' are such. At `length_tokens` also sequences of other `lengths`; checkpointed at
+    `full_tokens`. The host's times are measured at `host_length`, one sequence at a time. A cell takes about `seconds`
+    a round.
     """
 
     tokens: tuple[int, ...]
@@ -47,6 +49,7 @@ class Grid:
     full_tokens: tuple[int, ...]
     host_length: int
     seconds: float
+    uneven: tuple[tuple[int, int], ...] = ()
 
     def cells(self, precision: Precision) -> list[Cell]:
         """Every cell of a precision, the small ones first."""
@@ -57,6 +60,7 @@ class Grid:
         shapes = [(*self._shape(tokens), "none") for tokens in self.tokens]
         shapes += [(*self._shape(tokens), "full") for tokens in self.full_tokens]
         shapes += [(self.length_tokens // length, length, "none") for length in self.lengths]
+        shapes += [(*shape, "none") for shape in self.uneven]
         distinct = sorted(set(shapes), key=lambda shape: (shape[0] * shape[1], shape))
         return found + [Cell("device", precision, *shape) for shape in distinct]  # type: ignore[arg-type]
 
@@ -80,6 +84,9 @@ GPU = Grid(
     full_tokens=(2048, 8192, 16384, 32768, 49152, 65536),
     host_length=128,
     seconds=0.35,
+    uneven=(
+        (2, 576), (2, 832), (3, 704), (4, 704), (5, 832), (7, 832), (9, 832), (11, 960), (13, 1088), (23, 832),
+    ),
 )  # fmt: skip
 CPU = Grid(
     tokens=(32, 64, 128, 256),

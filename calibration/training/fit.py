@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,6 @@ from scipy.optimize import nnls
 from batchsim.files import write_text
 from batchsim.training_profile import (
     PARTS,
-    Curve,
     HostFit,
     Launches,
     OptimizerFit,
@@ -29,8 +27,8 @@ from batchsim.training_profile import (
     load_training_profile,
 )
 from calibration.fit import bin_means, split_outliers
+from calibration.training.device_cells import DeviceCells, Entry, settled
 
-Entry = Mapping[str, Any]  # a cell, what it was measured for, and its samples
 Counts = Mapping[str, Mapping[str, Mapping[str, Sequence[int]]]]  # launches by precision, checkpointing and part
 CALLS = ("schedule", "copy_in", "record", "stream_wait", "read_loss")
 
@@ -100,9 +98,11 @@ def _growing(entries: Sequence[Entry], samples: Any) -> TokenFit:
 
 
 def _fit_precision(entries: Sequence[Entry], launches: Mapping[str, Any], base_length: int) -> PrecisionFit:
-    device = _Device([entry for entry in entries if entry["cell"]["purpose"] == "device"], base_length)
+    device = DeviceCells([entry for entry in entries if entry["cell"]["purpose"] == "device"], base_length)
+    host = {kind: _host_parts(entries, kind, launches[kind]) for kind in ("none", "full")}
     return PrecisionFit(
-        host={kind: _host_parts(entries, kind, launches[kind]) for kind in ("none", "full")},
+        host=host,
+        lead=_lead(entries, host["none"]["layers"].host.ns),
         device=device.curves(),
         recompute=device.recompute,
         accumulate_ns=device.accumulate_ns,
@@ -128,127 +128,51 @@ def _host_parts(entries: Sequence[Entry], kind: str, launches: Mapping[str, Sequ
     return found
 
 
+def _lead(entries: Sequence[Entry], host_ns: float) -> float:
+    """What a run's very first micro-batch takes longer in the layers, its device idle: a share of the host's time.
+
+    Small cells that are bound by the device tell best; the clock, which falls under load, hides it in large ones.
+    """
+    more = []
+    for entry in sorted(entries, key=lambda each: each["cell"]["micro_batch"] * each["cell"]["sequence_length"]):
+        cell = entry["cell"]
+        if cell["purpose"] == "device" and cell["checkpointing"] == "none" and not entry.get("ahead", True):
+            first, later = (entry["device"].get(f"layers/{which}", []) for which in ("first", "later"))
+            if len(settled(first, entry["steps"])) < len(first):
+                more.append((first[0] - float(np.median([*first[1:], *later]))) / host_ns)
+    return round(min(max(float(np.median(more[:9])), 0.0), 1.0), 4) if more else 0.0
+
+
 def _optimizers(entries: Sequence[Entry], launches: int) -> dict[str, OptimizerFit]:
+    cells = {entry["cell"]["optimizer"]: entry for entry in entries if entry["cell"]["purpose"] == "optimizer"}
+    steps = [entry for entry in entries if entry["cell"]["purpose"] == "host" and entry.get("schedule") == "sync"]
+    steps = [entry for entry in steps if entry["cell"]["checkpointing"] == "none"]
     found = {}
-    for entry in entries:
-        if entry["cell"]["purpose"] == "optimizer":
-            host = {part: next(v for k, v in entry["host"].items() if k.startswith(part)) for part in _OF_A_STEP}
-            ns = next(v for k, v in entry["device"].items() if k.startswith("optimizer"))
-            found[entry["cell"]["optimizer"]] = OptimizerFit(
-                launches=launches,
-                host=host_fit(host["optimizer"]),
-                zero_grad=host_fit(host["zero_grad"]),
-                device_ns=round(float(np.median(ns)), 1),
-            )
+    for kind, entry in cells.items():
+        host = {}
+        for part in _OF_A_STEP:
+            # A cell is measured behind a device that sleeps and a mark; how much longer the host takes in a step that
+            # has neither is told by the optimiser of the other cells.
+            alone, own = _of_part(cells["adamw"], part), _of_part(entry, part)
+            loop = [ns for each in steps for ns in _of_part(each, part)]
+            times = float(np.median(loop) / np.median(alone)) if loop else 1.0
+            host[part] = host_fit([ns * times for ns in own])
+        ns = next(v for k, v in entry["device"].items() if k.startswith("optimizer"))
+        found[kind] = OptimizerFit(
+            launches=launches,
+            host=host["optimizer"],
+            zero_grad=host["zero_grad"],
+            device_ns=round(float(np.median(ns)), 1),
+        )
     return found
 
 
+def _of_part(entry: Entry, part: str) -> list[float]:
+    """Host times of a part that a step has once."""
+    return [ns for key, samples in entry["host"].items() if key.startswith(part) for ns in samples]
+
+
 _OF_A_STEP = ("optimizer", "zero_grad")
-Key = tuple[str, int, int]  # checkpointing, micro-batch, sequence length
-
-
-class _Device:
-    """Medians of the device cells, and what follows from them."""
-
-    def __init__(self, entries: Sequence[Entry], base_length: int) -> None:
-        self.base_length = base_length
-        found: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for entry in entries:
-            if not entry.get("retries"):
-                cell = entry["cell"]
-                key = cell["checkpointing"], cell["micro_batch"], cell["sequence_length"]
-                for part, ns in entry["device"].items():
-                    found[key][part] += settled(ns, entry["steps"]) if part.endswith("first") else ns
-        self._samples = dict(sorted(found.items()))
-        self.accumulate_ns: dict[str, float] = {}
-        self.accumulate_ns = {part: self._accumulated(part) for part in ("head_backward", "layers_backward")}
-        pairs = [
-            (self._ns(key, "layers_backward") - self._ns(plain, "layers_backward")) / self._ns(key, "layers")
-            for key in self._samples
-            if key[0] == "full" and (plain := ("none", *key[1:])) in self._samples
-        ]
-        self.recompute = round(max(float(np.median(pairs)), 0.0), 4)
-
-    def curves(self, without: Key | None = None) -> dict[str, Curve]:
-        """One a part, through all cells but `without`."""
-        return {part: self._curve(part, without) for part in PARTS}
-
-    def residuals(self) -> dict[str, float]:
-        """How far a micro-batch is off whose tokens lie between those measured, relative: each cell by the others."""
-        found = {}
-        cells = [key for key in self._samples if key[0] == "none"]
-        tokens = sorted({batch * length for _, batch, length in cells})
-        for key in cells:
-            _, batch, length = key
-            if length == self.base_length and batch * length not in (tokens[0], tokens[-1]):
-                curves = self.curves(without=key)
-                told = sum(curve.at(batch * length, length) for curve in curves.values())
-                found[f"{batch}x{length}"] = round(told / sum(self.part(key, part) for part in PARTS) - 1, 4)
-        return found
-
-    def part(self, key: Key, part: str) -> float:
-        """Nanoseconds of a part of a step's first micro-batch, without what is computed anew."""
-        ns = self._ns(key, part)
-        if key[0] == "full" and part == "layers_backward":
-            ns -= self.recompute * self._ns(key, "layers")
-        return max(ns, 0.0)
-
-    def _ns(self, key: Key, part: str) -> float:
-        """The median of a part's times, those of later micro-batches without what adding to gradients takes."""
-        samples, more = self._samples[key], self.accumulate_ns.get(part, 0.0)
-        later = [ns - more for ns in samples.get(f"{part}/later", ())]
-        return float(np.median([*samples[f"{part}/first"], *later]))
-
-    def _accumulated(self, part: str) -> float:
-        """What adding to gradients takes: the same whatever the micro-batch, so the small ones tell best."""
-        more = [
-            float(np.median(samples[f"{part}/later"]) - np.median(samples[f"{part}/first"]))
-            for (kind, _, _), samples in sorted(self._samples.items(), key=lambda each: each[0][1] * each[0][2])
-            if kind == "none" and f"{part}/later" in samples
-        ]
-        return round(max(float(np.median(more[:9])), 0.0), 1)
-
-    def _curve(self, part: str, without: Key | None) -> Curve:
-        lengths = self._lengths(part)
-        bare = Curve(tokens=[0, 1], ns=[0.0, 0.0], **lengths)
-        points: dict[int, float] = {}
-        # What is measured without checkpointing goes first; other lengths than the base only where nothing else is.
-        order = sorted(self._samples, key=lambda key: (key[0] != "none", key[2] != self.base_length))
-        for key in order:
-            tokens = key[1] * key[2]
-            if key != without and tokens not in points:
-                points[tokens] = max(self.part(key, part) - tokens * bare.attention_ns(key[2]), 0.0)
-        if without is not None:
-            points.pop(without[1] * without[2], None)
-        return Curve(
-            tokens=sorted(points), ns=[round(points[tokens], 1) for tokens in sorted(points)], **lengths
-        )  # fmt: skip
-
-    def _lengths(self, part: str) -> dict[str, Any]:
-        """What a token costs more in longer sequences, from cells of equally many tokens."""
-        cells = [key for key in self._samples if key[0] == "none"]
-        by_tokens: dict[int, list[Key]] = defaultdict(list)
-        for key in cells:
-            by_tokens[key[1] * key[2]].append(key)
-        swept = max(by_tokens.values(), key=len)
-        if part not in ("layers", "layers_backward") or len(swept) < 2:
-            return {}
-        tokens = swept[0][1] * swept[0][2]
-        swept.sort(key=lambda key: key[2])
-        least = self.part(swept[0], part)
-        return {
-            "sequence_length": [length for _, _, length in swept],
-            "token_ns": [round((self.part(key, part) - least) / tokens, 4) for key in swept],
-        }
-
-
-def settled(samples: Sequence[float], steps: int) -> Sequence[float]:
-    """Of the first micro-batches of a cell's optimiser steps all but the run's very first: the device is idle as that
-    one begins, and waits for the host's first launches and for memory that the allocator has yet to ask for.
-
-    Where only quantiles of many steps are kept, all of them: one in so many does not move their median.
-    """
-    return samples[1:] if 1 < steps == len(samples) else samples
 
 
 def profile_text(profile: TrainingProfile) -> str:

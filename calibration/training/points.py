@@ -21,7 +21,8 @@ import typer
 
 from batchsim.batching.accumulation import divisors
 from batchsim.files import write_json
-from batchsim.result import validation_json
+from batchsim.result import ScheduleResult, validation_json
+from batchsim.training import simulate
 from batchsim.training_profile import TrainingProfile, load_training_profile
 from batchsim.training_scenario import TrainingScenario
 from batchsim.yaml_loader import load as load_yaml
@@ -31,6 +32,13 @@ from calibration.training.validate import Bench, predict_again, validate
 HEADER = """\
 | point | host/device | sync ms | error | async ms | error | gain | predicted |
 |---|--:|--:|--:|--:|--:|--:|--:|"""
+
+STAGES_HEADER = """\
+| stage | runs | median error, signed | unsigned | worst |
+|---|--:|--:|--:|--:|"""
+HOST_STAGES, DEVICE_STAGES = ("launch_forward", "launch_backward"), ("forward", "backward", "optimizer")
+LEAST_SHARE = 0.05  # of a step's time, for a stage to be told of
+HOST_BOUND = 0.9  # share of the device's time that the host takes, from which on its own stages are told of
 
 Folder = Annotated[Path, typer.Argument(help="Folder of points.")]
 Profiles = Annotated[Path | None, typer.Option(help="Folder of profiles in place of the shipped ones.")]
@@ -74,9 +82,10 @@ def run(
     file: Annotated[Path, typer.Argument(help="A list of points, YAML.")],
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     out: Annotated[Path | None, typer.Option(help="Folder for one JSON a point; default: the list's own.")] = None,
-    repeats: Annotated[int, typer.Option(help="Executions of each schedule.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Executions of each schedule.")] = 3,
     profiles: Profiles = None,
     only: Annotated[str, typer.Option(help="Only points whose name starts so.")] = "",
+    bound: Annotated[float, typer.Option(help="Only where the host takes this share of the device's time.")] = 0.0,
     seconds: Annotated[float, typer.Option(help="Begin no further point after so long.")] = 1e9,
 ) -> None:
     """Execute and predict every point, and write one JSON object a point; points already there are kept."""
@@ -90,12 +99,15 @@ def run(
         target = folder / f"{name}.json"
         if target.exists() or not name.startswith(only):
             continue
+        profile = _profile(scenario.profile, profiles)
+        if bound and _host_share(next(iter(simulate(scenario, profile).results.values()))) < bound:
+            continue
         if time.monotonic() > until:
             typer.echo(f"{name}: no time left")
             continue
         began = time.monotonic()
         try:
-            found = validate(scenario, _profile(scenario.profile, profiles), device, repeats=repeats, bench=bench)
+            found = validate(scenario, profile, device, repeats=repeats, bench=bench)
         except torch.OutOfMemoryError:
             bench = Bench(device)
             bench.free()
@@ -119,11 +131,18 @@ def table(folder: Folder, profiles: Profiles = None) -> None:
     """Print the table of all points in `folder`, and the summary above it, as Markdown."""
     points = list(fitting(folder).values())
     typer.echo("\n".join(summary(points)))
-    unscaled = [
-        predict_again(point, _profile(point["scenario"]["profile"], profiles), host_speed=1.0) for point in points
+    as_calibrated = [
+        predict_again(point, _profile(point["scenario"]["profile"], profiles), as_calibrated=True) for point in points
     ]
     typer.echo("Without the host's speed beside each point, at the speed that the profile was measured at:")
-    typer.echo(accuracy(unscaled))
+    typer.echo(accuracy(as_calibrated))
+    typer.echo("")
+    typer.echo(STAGES_HEADER)
+    for stage, errors in stage_errors(points).items():
+        worst = max(errors, key=abs)
+        typer.echo(
+            f"| {stage} | {len(errors)} | {np.median(errors):+.1%} | {np.median(np.abs(errors)):.1%} | {worst:+.1%} |"
+        )
     typer.echo("")
     typer.echo(HEADER)
     for point in points:
@@ -183,6 +202,26 @@ def accuracy(points: Sequence[dict[str, Any]]) -> str:
     return f"Time of an optimiser step: median error {np.median(errors):.2f}%, worst {errors.max():.2f}%."
 
 
+def stage_errors(points: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
+    """Relative errors of the stages that take at least `LEAST_SHARE` of a step, by stage and over all runs.
+
+    On the host those of runs that it nearly or wholly bounds: elsewhere it blocks in whatever call finds the launch
+    queue full, which the model counts as waiting.
+    """
+    found: dict[str, list[float]] = {stage: [] for stage in ("step", *HOST_STAGES, *DEVICE_STAGES)}
+    for point in points:
+        accumulated = point["scenario"]["global_batch"] // point["scenario"]["micro_batch"]
+        for schedule, error in point["error"].items():
+            measured = point["measured"][schedule]
+            bound = _host_share(ScheduleResult(**point["predicted"][schedule])) >= HOST_BOUND
+            found["step"].append(error["step_ms.mean"])
+            for stage in (*(HOST_STAGES if bound else ()), *DEVICE_STAGES):
+                times = accumulated if stage in ("forward", "backward") else 1
+                if measured["stage_ms"].get(stage, 0.0) * times >= LEAST_SHARE * measured["step_ms"]["mean"]:
+                    found[stage].append(error[f"stage_ms.{stage}"])
+    return {stage: errors for stage, errors in found.items() if errors}
+
+
 def _errors(points: Sequence[dict[str, Any]]) -> list[float]:
     return [error["step_ms.mean"] for point in points for error in point["error"].values()]
 
@@ -199,7 +238,8 @@ def _keep(path: Path, point: dict[str, Any]) -> None:
     """Write a point, and say how far off its prediction is."""
     write_json(path, point)
     for schedule, error in point["error"].items():
-        ms, speed = _step_ms(point, "measured", schedule), point["provenance"]["measured"]["host_speed"]
+        ms = _step_ms(point, "measured", schedule)
+        speed = "/".join(f"{each:.2f}" for each in point["provenance"]["measured"]["host_speed"][schedule])
         stages = " ".join(
             f"{stage} {error[f'stage_ms.{stage}']:+.1%}" for stage in ("forward", "backward", "optimizer")
         )  # fmt: skip
@@ -208,13 +248,17 @@ def _keep(path: Path, point: dict[str, Any]) -> None:
         )
 
 
+def _host_share(result: ScheduleResult) -> float:
+    """The host's time of launching micro-batches, over the device's of computing them."""
+    accumulated = result.counts["micro_batches"] / result.counts["steps"]
+    host = sum(ms for stage, ms in result.stage_ms.items() if stage.startswith("launch_"))
+    return host / sum(result.stage_ms[stage] * accumulated for stage in ("forward", "backward"))
+
+
 def _row(point: dict[str, Any]) -> str:
     measured = point["measured"]
     first = point["predicted"][next(iter(measured))]
-    accumulated = first["counts"]["micro_batches"] / first["counts"]["steps"]
-    host = sum(ms for stage, ms in first["stage_ms"].items() if stage.startswith("launch_"))
-    device = sum(first["stage_ms"][stage] * accumulated for stage in ("forward", "backward"))
-    cells = [point["scenario"]["name"], f"{host / device:.0%}"]
+    cells = [point["scenario"]["name"], f"{_host_share(ScheduleResult(**first)):.0%}"]
     for schedule in ("sync", "async"):
         told = schedule in measured
         cells += [

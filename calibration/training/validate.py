@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
-from dataclasses import replace
-from statistics import median
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from batchsim.batching.accumulation import MicroBatch
 from batchsim.engine import Window, with_gains
 from batchsim.errors import InputError
 from batchsim.metrics import Metrics
@@ -18,17 +16,18 @@ from batchsim.model import TRAINED
 from batchsim.result import Run, ScheduleResult, validation_json
 from batchsim.schedules.training import TRAINING_SCHEDULES
 from batchsim.training import fit_of, of_training, simulate, window_of
-from batchsim.training_profile import PARTS, TrainingProfile
+from batchsim.training_profile import TrainingProfile
 from batchsim.training_scenario import TrainingScenario
 from calibration.device import prepare
 from calibration.provenance import MACHINE_KEYS, QuietCore, provenance
 from calibration.training.executor import Execution, TrainingExecutor, Work
+from calibration.training.speed import HostSpeed, beside, between, host_speed
 from calibration.training.threads import follow
 from calibration.training.trainer import Trainer, build_optimizer
 
-WARM_STEPS, TIMED_STEPS = 2, 2
-# The micro-batches that tell the host's speed: as small as those that its costs were measured with.
-PROBE = Work(2, 4, 1, 128)
+WARM_MICRO_BATCHES = 4
+MANY = 8  # micro-batches in an optimiser step, of which one step tells the device's times well enough
+STEADY = 0.05  # a host whose speed changed by less while it was at work
 
 
 class Bench:
@@ -66,14 +65,41 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """One execution of a schedule, and the host's speed right before and right after it."""
+
+    ran: Execution
+    before: HostSpeed
+    after: HostSpeed
+
+    @property
+    def change(self) -> float:
+        """By how much the speed changed meanwhile, relative."""
+        return abs(self.after.both / self.before.both - 1)
+
+    def to_json(self) -> dict[str, Any]:
+        step_ms = round(self.ran.total_ns / 1e6 / len(self.ran.steps_ns), 3)
+        return {"step_ms": step_ms, "before": self.before.to_json(), "after": self.after.to_json()}
+
+
+def counted(repeats: Sequence[Repeat]) -> Repeat:
+    """The repeat that counts: of those on a steady host the one of median time; with none such the steadiest."""
+    steady = [each for each in repeats if each.change <= STEADY]
+    if not steady:
+        return min(repeats, key=lambda each: each.change)
+    steady.sort(key=lambda each: each.ran.total_ns)
+    return steady[(len(steady) - 1) // 2]
+
+
 def validate(
     scenario: TrainingScenario, profile: TrainingProfile, device: str, *, repeats: int = 3, bench: Bench | None = None
 ) -> tuple[Run, Run]:
     """(predicted, measured): simulate `scenario` at the costs of `profile`, and train on `device`.
 
-    Schedules are interleaved over `repeats`, each of the scenario's steps after some to warm up; of each schedule the
-    repeat that took the median time counts. What the device did is told by a few more steps with events in them. The
-    profile's host costs are scaled by the median of the speeds that this host showed before and after the repeats.
+    Schedules are interleaved over `repeats`, each of the scenario's steps after some micro-batches to warm up. The
+    host's speed is probed before and after each; which of them counts is said by `counted`, and the prediction is for a
+    host of the speed beside that one. What the device did is told by a few more steps with events in them.
 
     Raises:
         InputError: the scenario asks for a loader beside the loop, which this machine has not.
@@ -85,62 +111,72 @@ def validate(
     bench = bench or Bench(device)
     executor = bench.executor(scenario)
     bench.free()
-    speeds = []
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    took: dict[str, list[Execution]] = {name: [] for name in scenario.schedules}
+    took: dict[str, list[Repeat]] = {name: [] for name in scenario.schedules}
+    warm = replace(work_of(scenario, 1), accumulation_steps=min(scenario.accumulation_steps, WARM_MICRO_BATCHES))
     with QuietCore(move=device == "cuda") as core:
-        for number in range(repeats):
+        # Unmeasured, for the allocator to have its memory: a probe that has to ask for it takes up to three times as
+        # long.
+        executor.run(TRAINING_SCHEDULES[scenario.schedules[0]](), warm)
+        host_speed(executor, profile, scenario)
+        for _ in range(repeats):
+            core.settle()
+            follow()
+            before = host_speed(executor, profile, scenario)
             for schedule, repeated in took.items():
-                core.settle()
-                follow()
-                speeds.append(host_speed(executor, profile, scenario))
                 # Right before, so that the device is as warm as in a long training.
-                executor.run(TRAINING_SCHEDULES[schedule](), work_of(scenario, WARM_STEPS if number == 0 else 1))
-                repeated.append(executor.run(TRAINING_SCHEDULES[schedule](), work_of(scenario, scenario.steps)))
-                speeds.append(host_speed(executor, profile, scenario))
+                executor.run(TRAINING_SCHEDULES[schedule](), warm)
+                ran = executor.run(TRAINING_SCHEDULES[schedule](), work_of(scenario, scenario.steps))
+                after = host_speed(executor, profile, scenario)
+                repeated.append(Repeat(ran, before, after))
+                before = after
     follow()
-    results, windows, repeats_told = {}, {}, {}
+    results, windows, speeds = {}, {}, {}
     for schedule, repeated in took.items():
-        work = work_of(scenario, min(scenario.steps, TIMED_STEPS))
+        work = work_of(scenario, min(scenario.steps, 2 if scenario.accumulation_steps < MANY else 1))
         timed = executor.run(TRAINING_SCHEDULES[schedule](), work, timed=True)
-        repeated.sort(key=lambda each: each.total_ns)
-        results[schedule] = result_of(repeated[(len(repeated) - 1) // 2], timed, schedule, scenario)
+        chosen = counted(repeated)
+        speeds[schedule] = between(chosen.before, chosen.after)
+        results[schedule] = result_of(chosen.ran, timed, schedule, scenario)
         window = Window(window_of(scenario.model_copy(update={"steps": work.steps})))
         for span in timed.spans:
             window(span)
         windows[schedule] = window.spans()
-        repeats_told[schedule] = [round(each.total_ns / 1e6 / scenario.steps, 3) for each in repeated]
-    # Rounded as it is stored, so that what is stored gives the same prediction again.
-    speed = round(median(speeds), 4)
     facts = provenance(device, f"batchsim validate --device {device}") | {
-        "host_speed": speed,
-        "host_speeds": [round(each, 4) for each in speeds],
-        "repeats_step_ms": repeats_told,
+        "host_speed": {schedule: speed.to_json() for schedule, speed in speeds.items()},
+        "repeats": {schedule: [each.to_json() for each in repeated] for schedule, repeated in took.items()},
     }
     if device == "cuda":
         facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     facts["same_machine_as_profile"] = all(facts.get(key) == profile.provenance.get(key) for key in MACHINE_KEYS)
-    predicted = predict(scenario, profile, speed)
+    predicted = predict(scenario, profile, facts["host_speed"])
     return predicted, Run("executed", predicted.scenario, with_gains(results), windows=windows, provenance=facts)
 
 
-def predict(scenario: TrainingScenario, profile: TrainingProfile, host_speed: float) -> Run:
-    """Simulate `scenario` on a host `host_speed` times as fast as the one that it asks for; it is told as given."""
-    run = simulate(scenario.model_copy(update={"host_speed": scenario.host_speed * host_speed}), profile)
-    return replace(run, scenario=scenario.model_dump(mode="json"))
+def predict(scenario: TrainingScenario, profile: TrainingProfile, speeds: Mapping[str, Sequence[float]]) -> Run:
+    """Simulate `scenario`, each schedule on a host of the speed that is stored for it; see `HostSpeed.to_json`."""
+    runs = [
+        simulate(scenario.model_copy(update={"schedules": (schedule,)}), beside(profile, HostSpeed(*speeds[schedule])))
+        for schedule in scenario.schedules
+    ]
+    return replace(
+        runs[0],
+        scenario=scenario.model_dump(mode="json"),
+        results=with_gains({schedule: result for run in runs for schedule, result in run.results.items()}),
+        windows={schedule: window for run in runs for schedule, window in run.windows.items()},
+    )
 
 
-def predict_again(
-    point: Mapping[str, Any], profile: TrainingProfile, host_speed: float | None = None
-) -> dict[str, Any]:
+def predict_again(point: Mapping[str, Any], profile: TrainingProfile, *, as_calibrated: bool = False) -> dict[str, Any]:
     """A point as `validation_json` gives it, its prediction made anew and the measurement as it was.
 
-    `host_speed` takes the place of the speed that was measured beside the point.
+    With `as_calibrated` it is for the host as it was when the profile was measured, and not as beside the point.
     """
     facts = point["provenance"]["measured"]
     scenario = TrainingScenario.model_validate(point["scenario"])
-    predicted = predict(scenario, profile, facts["host_speed"] if host_speed is None else host_speed)
+    usual = dict.fromkeys(scenario.schedules, HostSpeed().to_json())
+    predicted = predict(scenario, profile, usual if as_calibrated else facts["host_speed"])
     results = {schedule: ScheduleResult(**result) for schedule, result in point["measured"].items()}
     return validation_json(predicted, Run("executed", predicted.scenario, results, windows={}, provenance=facts))
 
@@ -177,22 +213,3 @@ def _metrics(ran: Execution, schedule: str, scenario: TrainingScenario) -> Sched
     counts = {"output_tokens": steps * scenario.step_tokens}
     result = metrics.totals(ran.total_ns).result(schedule, counts)
     return of_training(result, scenario.model_copy(update={"steps": steps}))
-
-
-def host_speed(executor: TrainingExecutor, profile: TrainingProfile, scenario: TrainingScenario) -> float:
-    """Speed of this host at this moment, relative to the profile's, in launching small micro-batches.
-
-    What the profile expects of the parts of such a micro-batch, over what they take here and now. It is the same
-    whatever the scenario to be predicted: this measures the host, not the scenario.
-    """
-    if not profile.overlaps:
-        return 1.0  # a launch is the computation, which says nothing of the interpreter
-    found = executor.run(TRAINING_SCHEDULES["sync"](), PROBE)
-    parts = fit_of(profile, scenario).host[scenario.checkpointing]
-    micro = [MicroBatch(0, 0, position, PROBE.accumulation_steps, 1, 1) for position in range(2)]
-    expected = took = 0.0
-    for part in PARTS:
-        for each in micro:
-            expected += parts[part].host.at(first=each.first) * parts[part].host.mean_ratio
-            took += median(found.parts_host_ns[part, each.first])
-    return expected / took
