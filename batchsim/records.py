@@ -14,10 +14,10 @@ DEVICE_STAGES = ("copy_in", "prefill", "decode", "forward", "copy_out")
 class Span(NamedTuple):
     """One activity: nanoseconds since the run began, `[start_ns, end_ns)`.
 
-    `stage` is a host phase on the host lane; `copy_in`, `copy_out`, or on the compute lane `decode` or `prefill`
-    (a forward with any prompt token in it) or, of dynamic batching, `forward` on the device. `step` is the index of the batch (-1: none was
-    formed). `gap_ns` is the part of a forward in which the device waited for the host's next launch (0 with
-    CUDA graphs; None where it was not measured).
+    `stage` is a host phase on the host lane; `copy_in` or `copy_out` on the lanes of copies; on the compute lane
+    `decode` or `prefill` (a forward with any prompt token in it), of dynamic batching `forward`, and of training also
+    `backward` and `optimizer`. `step` is the index of the batch (-1: none was formed). `gap_ns` is the part of a
+    forward in which the device waited for the host's next launch (0 with CUDA graphs; None where it was not measured).
     """
 
     step: int

@@ -57,7 +57,8 @@ DEFINITIONS = {
     "interval": "half width of the 95% Student-t interval of the mean over replications, by figure",
 }
 
-_OF_DYNAMIC_BATCHING = ("outcomes", "batch_histogram", "breaking_requests_per_s", "to_target")
+# What a serving loop has not, and its results therefore leave out.
+OF_OTHER_KINDS = ("outcomes", "batch_histogram", "breaking_requests_per_s", "to_target")
 _SHARES = ("gain_over_sync", "slo_attainment", "kv_use.mean", "kv_use.max")
 
 
@@ -115,7 +116,7 @@ class ScheduleResult:
 
     def to_json(self) -> dict[str, Any]:
         """What is the same for the same seed: all but `engine_s`, and but what only other kinds of scenarios have."""
-        left_out = {"engine_s"} | {key for key in _OF_DYNAMIC_BATCHING if not getattr(self, key)}
+        left_out = {"engine_s"} | {key for key in OF_OTHER_KINDS if not getattr(self, key)}
         return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 

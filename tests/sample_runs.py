@@ -183,8 +183,7 @@ def results_of(run: Run, tables: Mapping[str, Served]) -> dict[str, ScheduleResu
     if "sync" in results:
         gained = results["sync"].throughput
         results = {
-            name: replace(result, gain_over_sync=result.throughput / gained - 1)
-            for name, result in results.items()
+            name: replace(result, gain_over_sync=result.throughput / gained - 1) for name, result in results.items()
         }
     return results
 

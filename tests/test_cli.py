@@ -322,13 +322,18 @@ def test_ctrl_c_ends_a_command_with_one_line(tmp_path: Path) -> None:
 
 
 def test_the_readme_names_every_key_and_every_command() -> None:
+    from batchsim.dynamic_scenario import AnswerObjectives, DynamicScenario
     from batchsim.scenario import Objectives, Scenario
+    from batchsim.training_scenario import CriticalBatch, Data, TrainingScenario
     from batchsim.workload_scenario import FixedWorkload, RandomWorkload, TraceWorkload
 
     readme = (ROOT / "README.md").read_text()
     workloads = [key for model in (FixedWorkload, RandomWorkload, TraceWorkload) for key in model.model_fields]
     below = [*(f"workload.{key}" for key in workloads), *(f"slo.{key}" for key in Objectives.model_fields)]
     keys = [*Scenario.model_fields, *below]
+    keys += [*DynamicScenario.model_fields, *(f"slo.{key}" for key in AnswerObjectives.model_fields)]
+    keys += [*TrainingScenario.model_fields, *(f"critical_batch.{key}" for key in CriticalBatch.model_fields)]
+    keys += [f"data.{key}" for key in Data.model_fields]
     assert [key for key in keys if f"`{key}`" not in readme] == []
     commands = re.findall(r"│ (\w+)  ", call("--help").stdout)
     assert {"run", "tiles", "validate", "calibrate", "schema"} <= set(commands)

@@ -18,12 +18,12 @@ from typer.testing import CliRunner, Result
 from batchsim.cli import app
 from batchsim.operations import HOST_PHASES
 from batchsim.profile import Profile, load_profile
-from batchsim.result import ScheduleResult
+from batchsim.result import OF_OTHER_KINDS, ScheduleResult
 from calibration.calibrate import calibrate
 
 ROOT = Path(__file__).parents[1]
 SCENARIO = str(ROOT / "scenarios" / "tiny_cpu.yaml")
-FIGURES = {field.name for field in fields(ScheduleResult)} - {"engine_s"}
+FIGURES = {field.name for field in fields(ScheduleResult)} - {"engine_s", *OF_OTHER_KINDS}
 
 
 def call(*arguments: str | Path) -> Result:

@@ -14,7 +14,7 @@ from batchsim.files import write_json
 from batchsim.profile import Profile, load_profile
 from batchsim.result import Run, ScheduleResult, errors, validation_json
 from batchsim.scenario import Scenario
-from calibration.points import app, scenarios, stage_errors, summary
+from calibration.points import PROFILES, app, scenarios, stage_errors, summary
 from calibration.predict import predict, predict_again
 from tests.profiles import scenario, small_profile
 
@@ -83,8 +83,8 @@ class TestCommittedPoints:
 
     def test_no_shipped_profile_has_seen_their_batches(self, points: list[dict[str, Any]]) -> None:
         seen = set()
-        for path in (ROOT / "calibration" / "profiles").glob("*.json"):
-            seen |= decoded_rows(load_profile(str(path)))
+        for name in PROFILES.values():
+            seen |= decoded_rows(load_profile(name))
         batches = {
             point["scenario"]["max_num_seqs"]
             for path, point in zip(PATHS, points, strict=True)

@@ -138,7 +138,8 @@ def _figure(found: Breakdown) -> go.Figure:
             "<extra></extra>",
         )  # fmt: skip
     end = found.device_bytes / 1e9
-    figure.add_vline(x=end, line={"dash": "dash", "color": "#b42318"}, annotation_text=f"device, {end:,.1f} GB")
+    title = {"annotation_text": f"device, {end:,.1f} GB", "annotation_position": "top left"}
+    figure.add_vline(x=end, line={"dash": "dash", "color": "#b42318"}, **title)
     figure.update_layout(**layout(height=260), barmode="stack")
     figure.update_xaxes(title="GB", range=[0, max(end, found.total_bytes / 1e9) * 1.04])
     return figure

@@ -130,8 +130,8 @@ def _figures(run: Run) -> Table:
         table.add_row("preemptions", *(_number(run.results[name].counts.get("preemptions"), ",d") for name in found))
     for outcome in OUTCOMES:
         if any(result.outcomes.get(outcome) for result in run.results.values()):
-            cells = (_number(run.results[name].outcomes.get(outcome), ",d") for name in found)
-            table.add_row(outcome.replace("_", " "), *cells)
+            counted = (run.results[name].outcomes.get(outcome) for name in found)
+            table.add_row(outcome.replace("_", " "), *(_number(count, ",d") for count in counted))
     return table
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,8 +94,10 @@ def counted(repeats: Sequence[Repeat]) -> Repeat:
 
 
 def validate(
-    scenario: TrainingScenario, profile: TrainingProfile, device: str, *, repeats: int = 3, bench: Bench | None = None
-) -> tuple[Run, Run]:
+    scenario: TrainingScenario, profile: TrainingProfile, device: str, *, repeats: int = 3,
+    progress: Callable[[float], None] | None = None, bench: Bench | None = None,
+    base: Path = Path(),  # noqa: ARG001  # as of every kind of scenario; this one has no other files
+) -> tuple[Run, Run]:  # fmt: skip
     """(predicted, measured): simulate `scenario` at the costs of `profile`, and train on `device`.
 
     Schedules are interleaved over `repeats`, each of the scenario's steps after some micro-batches to warm up. The
@@ -120,7 +123,9 @@ def validate(
         # long.
         executor.run(TRAINING_SCHEDULES[scenario.schedules[0]](), warm)
         host_speed(executor, profile, scenario)
-        for _ in range(repeats):
+        for number in range(repeats):
+            if progress is not None:
+                progress(number / repeats)
             core.settle()
             follow()
             before = host_speed(executor, profile, scenario)
