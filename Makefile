@@ -11,8 +11,8 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet
-# Compiles the engine, which is kept, so that the first run does not have to.
-COMPILE := $(BIN)/python -c "from batchsim.iteration.engine import load; load()"
+# Compiles the engines, which are kept, so that the first run does not have to.
+COMPILE := $(BIN)/python -c "from batchsim.iteration import dynamic_engine, engine; engine.load(); dynamic_engine.load()"
 
 .PHONY: run test check format bench schema clean
 
