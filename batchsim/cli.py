@@ -5,12 +5,7 @@ Libraries are imported inside the commands, so that `batchsim --help` answers at
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -18,22 +13,28 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from batchsim import __version__
-from batchsim.errors import InputError, RunError, shown
+from batchsim.command import (
+    blame,
+    check_device,
+    check_folder,
+    need_cuda,
+    need_torch,
+    outcome,
+    print_json,
+    progress_bar,
+    read,
+    tell,
+)
+from batchsim.errors import InputError, shown
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
+    from batchsim.command import Tell
     from batchsim.kinds import AnyProfile, AnyScenario, Kind
     from batchsim.profile import Profile
     from batchsim.result import Run
     from batchsim.training_profile import TrainingProfile
 
-    class Tell(Protocol):
-        def __call__(self, fraction: float | None, what: str = ...) -> None: ...
-
-
 PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
-FAILED, REFUSED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 app = typer.Typer(
     name="batchsim",
@@ -94,10 +95,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Simulate a scenario at the measured costs of a profile."""
-    with _outcome():
-        kind, scenario, costs = _read(file, sets, schedules, profile)
-        _check_folder(out)
-        with _blame(file), _progress(f"simulating {file.name}") as progress:
+    with outcome():
+        kind, scenario, costs = read(file, sets, schedules, profile)
+        check_folder(out)
+        with blame(file), progress_bar(f"simulating {file.name}") as progress:
             status = None if progress is None else partial(progress, None)
             predicted = kind.simulate(scenario, costs, progress=progress, status=status, base=file.parent)
             interrupted = any(result.partial for result in predicted.results.values())
@@ -119,11 +120,11 @@ def run(
         from batchsim.result import run_json
 
         value = run_json(predicted)
-        _tell(value, predicted, None, out, as_json=False, quiet=as_json)
+        tell(value, predicted, None, out, as_json=False, quiet=as_json)
         if as_json:
             for name, result in predicted.results.items():
                 value["schedules"][name]["engine_s"] = result.engine_s
-            _print_json(value)
+            print_json(value)
         if interrupted:
             raise KeyboardInterrupt
 
@@ -143,12 +144,12 @@ def validate(
 
     Several files print a list of JSON objects and write into a folder each, named after the file.
     """
-    with _outcome():
-        _check_device(device)
-        _check_folder(out)
+    with outcome():
+        check_device(device)
+        check_folder(out)
         # All input is checked before any time is spent on a device.
-        inputs = [(file, *_read(file, sets, schedules, profile)) for file in files]
-        _need_torch()
+        inputs = [(file, *read(file, sets, schedules, profile)) for file in files]
+        need_torch()
         from batchsim.result import validation_json
 
         benches: dict[str, Any] = {}
@@ -157,7 +158,7 @@ def validate(
             if costs is None:
                 wanted = "a model and its profile: a table of times has nothing to execute"
                 raise InputError(str(file), "costs", "a table", wanted)
-            with _blame(file), _progress(f"validating {file.name}") as progress:
+            with blame(file), progress_bar(f"validating {file.name}") as progress:
                 bench = benches.setdefault(scenario.kind, None) or kind.bench(device)
                 benches = {scenario.kind: bench}  # what another kind's holds of the device is needed
                 predicted, measured = kind.validate(
@@ -165,9 +166,9 @@ def validate(
                 )
             told.append(validation_json(predicted, measured))
             folder = out / file.stem if out is not None and len(files) > 1 else out
-            _tell(told[-1], predicted, measured, folder, as_json=False, quiet=as_json)
+            tell(told[-1], predicted, measured, folder, as_json=False, quiet=as_json)
         if as_json:
-            _print_json(told[0] if len(told) == 1 else told)
+            print_json(told[0] if len(told) == 1 else told)
 
 
 @app.command()
@@ -182,10 +183,10 @@ def tiles(
     as_json: Json = False,
 ) -> None:
     """Compare the ways to synchronise the tiles of dependent kernels."""
-    with _outcome():
+    with outcome():
         if device not in (None, "cuda"):
             raise InputError("--device", "", shown(device), "cuda")
-        _check_folder(out)
+        check_folder(out)
         from batchsim.refusal import Override
         from batchsim.tiles.scenario import load
 
@@ -194,21 +195,21 @@ def tiles(
             overrides.append(Override("--profile", ("profile",), profile))
         scenario = load(file, overrides)
         if device is not None:
-            _need_cuda()
+            need_cuda()
 
         from batchsim.tiles.profile import load_tile_profile
         from batchsim.tiles.result import compare_all
 
         costs = load_tile_profile(scenario.profile, Path() if profile is not None else file.parent)
-        with _blame(file), _progress(f"simulating {file.name}") as progress:
+        with blame(file), progress_bar(f"simulating {file.name}") as progress:
             found = compare_all(scenario, costs, tell=progress)
         if device is not None:
             from calibration.tile_trace import measure
 
-            with _progress(f"measuring {file.name}") as progress:
+            with progress_bar(f"measuring {file.name}") as progress:
                 found = found.with_measured(lambda case: measure(case), tell=progress)
         if as_json:
-            _print_json(found.to_json())
+            print_json(found.to_json())
         else:
             from rich.console import Console
 
@@ -235,7 +236,7 @@ def calibrate(
     training: Annotated[bool, typer.Option("--training", help="Measure training the model, not serving it.")] = False,
 ) -> None:
     """Measure a device and this host, and write a profile."""
-    with _outcome():
+    with outcome():
         from batchsim.model import MODELS, SERVICES, TRAINED
         from batchsim.refusal import choice
 
@@ -253,9 +254,9 @@ def calibrate(
             raise InputError("--out", "", f"a finished profile {out}", "a new file, or --force")
         if partial.exists() and not (resume or force):
             raise InputError("--out", "", f"an interrupted calibration {partial}", "--resume or --force")
-        _check_device(device)
-        _need_torch()
-        with _progress(f"calibrating {model}") as progress:
+        check_device(device)
+        need_torch()
+        with progress_bar(f"calibrating {model}") as progress:
             if training:
                 from calibration.training.calibrate import calibrate as train
 
@@ -280,18 +281,18 @@ def memory(
     as_json: Json = False,
 ) -> None:
     """Tell where the device's memory goes, the largest batch that fits, and what is in the way of a larger one."""
-    with _outcome():
-        _, scenario, costs = _read(file, sets, None, profile)
-        _check_folder(out)
+    with outcome():
+        _, scenario, costs = read(file, sets, None, profile)
+        check_folder(out)
         if costs is None:
             raise InputError(str(file), "costs", "a table", "a model: a table of times says nothing of memory")
         from batchsim.memory import breakdown, library_for
 
         library = library_for(str(costs.provenance.get("device")))
-        with _blame(file):
+        with blame(file):
             found = breakdown(scenario, costs.device_memory_bytes, library, file.parent)
         if as_json:
-            _print_json(found.to_json())
+            print_json(found.to_json())
         else:
             from rich.console import Console
 
@@ -323,15 +324,15 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Choose batch size and delay of a service, or micro-batch and checkpointing of a training run."""
-    with _outcome():
-        kind, scenario, costs = _read(file, sets, schedules, profile)
-        _check_folder(out)
+    with outcome():
+        kind, scenario, costs = read(file, sets, schedules, profile)
+        check_folder(out)
         if percentile not in PERCENTILES:
             raise InputError("--percentile", "", shown(percentile), "mean, p50, p90, p95 or p99")
-        with _blame(file), _progress(f"tuning {file.name}") as progress:
+        with blame(file), progress_bar(f"tuning {file.name}") as progress:
             found, report = _tune(kind, scenario, costs, percentile, slo_ms, file.parent, progress)
         if as_json:
-            _print_json(found.to_json())
+            print_json(found.to_json())
         else:
             from rich.console import Console
 
@@ -374,141 +375,7 @@ def _tune(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a scenario, for editors."""
-    with _outcome():
+    with outcome():
         from batchsim.scenario import scenario_json_schema
 
         typer.echo(json.dumps(scenario_json_schema(), indent=2, sort_keys=True))
-
-
-@contextmanager
-def _outcome() -> Iterator[None]:
-    """Turns what can happen to a command into a sentence on stderr and an exit code."""
-    try:
-        yield
-        sys.stdout.flush()
-    except InputError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(REFUSED) from None
-    except RunError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            # Whoever read the output has left; the interpreter's last flush must not complain either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from None
-        if error.filename is None:
-            raise
-        typer.echo(f"{error.filename}: {error.strerror}", err=True)
-        raise typer.Exit(FAILED) from None
-
-
-@contextmanager
-def _blame(file: Path) -> Iterator[None]:
-    """Names `file` in refusals by code that knows only the scenario."""
-    try:
-        yield
-    except InputError as error:
-        raise error.within(str(file)) from None
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Tell | None]:
-    """A bar on a terminal's stderr, told the fraction done and perhaps at what; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(label), total=1.0)
-
-        def tell(fraction: float | None, what: str | None = None) -> None:
-            bar.update(task, completed=fraction, description=None if what is None else escape(what))
-
-        yield tell
-
-
-def _read(
-    file: Path, sets: Sequence[str] | None, schedules: str | None, profile: str | None
-) -> tuple[Kind, AnyScenario, AnyProfile]:
-    from batchsim.kinds import kind_of
-    from batchsim.refusal import Override
-
-    kind = kind_of(file)
-    overrides: list[str | Override] = list(sets or ())
-    if schedules is not None:
-        names = [name.strip() for name in schedules.split(",")]
-        overrides.append(Override("--schedules", ("schedules",), names))
-    if profile is not None:
-        overrides.append(Override("--profile", ("profile",), profile))
-    scenario = kind.load(file, overrides)
-    if scenario.kind == "serving" and scenario.tile_profile is not None:
-        beside = file.parent / scenario.tile_profile
-        if beside.is_file():
-            scenario = scenario.model_copy(update={"tile_profile": str(beside)})
-    return kind, scenario, kind.costs(scenario, Path() if profile is not None else file.parent)
-
-
-def _tell(
-    value: dict[str, Any], predicted: Run, measured: Run | None, out: Path | None, as_json: bool, quiet: bool = False
-) -> None:
-    """Prints a result, as JSON or as tables unless `quiet`, and writes it into `out`."""
-    if as_json:
-        _print_json(value)
-    elif not quiet:
-        from rich.console import Console
-
-        from batchsim.report import print_run
-
-        print_run(Console(), predicted, measured)
-    if out is None:
-        return
-    from batchsim.files import write_json
-    from batchsim.report import write_report
-    from batchsim.timeline import write_trace
-
-    write_json(out / "result.json", value)
-    write_report(out / "report.html", predicted, measured)
-    write_trace(out / "trace.json", [predicted] if measured is None else [predicted, measured])
-    told = "result.json, report.html, trace.json (open in https://ui.perfetto.dev)"
-    if predicted.served:
-        from batchsim.requests_file import write_requests
-
-        write_requests(out / "requests.parquet", predicted.served)
-        told += ", requests.parquet"
-    typer.echo(f"wrote {out}: {told}", err=True)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, allow_nan=False))
-
-
-def _check_folder(out: Path | None) -> None:
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError("--out", "", f"a file {out}", "a folder")
-
-
-def _check_device(device: str) -> None:
-    if device not in ("cuda", "cpu"):
-        raise InputError("--device", "", shown(device), "cuda or cpu")
-
-
-def _need_torch() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise RunError("measuring a device needs torch: pip install 'batchsim[gpu]'")
-
-
-def _need_cuda() -> None:
-    _need_torch()
-    import torch
-
-    if not torch.cuda.is_available():
-        raise RunError("no CUDA device was found; measure tiles on a machine with one")
