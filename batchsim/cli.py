@@ -352,17 +352,24 @@ def _tune(
     """What was found, and the module that shows it."""
 
     def simulate(candidate: AnyScenario) -> Run:
-        return kind.simulate(candidate, costs, base=base)
+        return kind.simulate(candidate, costs, checks=False, base=base)
 
     if scenario.kind == "training":
+        if slo_ms is not None:
+            raise InputError(
+                "--slo-ms", "", f"{slo_ms:g}", "a scenario of kind dynamic for it: training has no requests"
+            )
         from batchsim.report import tuning_training
         from batchsim.tune import training
 
         found: Any = training.tune(scenario, simulate, cast("TrainingProfile", costs), progress=progress)
         return found, tuning_training
     if scenario.kind == "dynamic":
+        from batchsim.kinds import check_memory
         from batchsim.report import tuning
         from batchsim.tune import dynamic
+
+        check_memory(scenario, costs, base)
 
         bound_ms = slo_ms or (scenario.slo.e2e_ms if scenario.slo is not None else None)
         profile = cast("Profile | None", costs)

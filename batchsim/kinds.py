@@ -45,13 +45,16 @@ class Kind:
         found: AnyProfile = getattr(import_module(module), reader)(scenario.profile, base)
         return found
 
-    def simulate(self, scenario: AnyScenario, costs: AnyProfile, **options: Any) -> Run:
+    def simulate(self, scenario: AnyScenario, costs: AnyProfile, *, checks: bool = True, **options: Any) -> Run:
         """Every schedule of the scenario; `options` as `batchsim.engine.simulate` takes them.
+
+        `checks`: see that it fits the device.
 
         Raises:
             InputError: without a file; among others of what does not fit the device, with where its memory goes.
         """
-        check_memory(scenario, costs, options.get("base", Path()))
+        if checks:
+            check_memory(scenario, costs, options.get("base", Path()))
         simulate: Callable[..., Run] = import_module(self.engine).simulate
         return simulate(scenario, costs, **options)
 

@@ -31,7 +31,6 @@ from batchsim.profile import Rising
 from batchsim.shipped import read_profile
 
 PARTS = ("layers", "head", "head_backward", "layers_backward")
-OPTIMIZERS = ("sgd", "momentum", "adamw")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -181,7 +180,7 @@ def load_training_profile(name: str, base: Path | None = None) -> TrainingProfil
     Raises:
         InputError: no such profile, or a file that is not one.
     """
-    wanted = "a file that `python -m calibration.training.calibrate` wrote"
+    wanted = "a file that `batchsim calibrate --training` wrote"
     text, source = read_profile(name, base or Path(), "training", what="training profile", wanted=wanted)
     try:
         return TrainingProfile.model_validate_json(text)

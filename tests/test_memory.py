@@ -179,12 +179,12 @@ def test_terms_add_up_and_are_explained() -> None:
     ],
 )  # fmt: skip
 def test_the_largest_fits_and_one_more_does_not(scenario: TrainingScenario | Scenario | DynamicScenario) -> None:
-    device = 30 * GB
+    device = (2 if isinstance(scenario, DynamicScenario) else 30) * GB
     found = breakdown(scenario, device, GPU)
     need = need_of(scenario, device, GPU)
     assert found.largest is not None
     assert fits(need.tape_of(found.largest), device - need.framework)
-    assert not fits(need.tape_of(found.largest + 1), device - need.framework)
+    assert not fits(need.tape_of(need.next(found.largest)), device - need.framework)
     for change, batch in found.relief.items():
         assert batch > found.largest
         assert fits(need.relief[change](batch), device - need.framework)

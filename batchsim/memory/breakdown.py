@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -41,14 +42,14 @@ class Need:
     """A program whose memory depends on a batch.
 
     `key` is what a scenario calls the batch, `batch` its value and `tape` its tape; `tape_of` gives that of any batch
-    up to `most`. `framework` are bytes beside the allocator. `relief`: by what could be changed, tapes of the program
-    so changed.
+    of the `sizes` that it may have, which rise. `framework` are bytes beside the allocator. `relief`: by what could be
+    changed, tapes of the program so changed.
     """
 
     title: str
     key: str
     batch: int
-    most: int
+    sizes: Sequence[int]
     tape: Tape
     tape_of: Callable[[int], Tape]
     framework: int = 0
@@ -61,7 +62,13 @@ class Need:
         # Memory is close to linear in the batch: two batches tell about where the edge is.
         first, second = (play(tape_of(batch)).reserved for batch in (1, PROBE))
         guess = 1 + (capacity - first) * (PROBE - 1) // max(1, second - first)
-        return largest(lambda batch: fits(tape_of(batch), capacity), self.most, guess)
+        place = bisect_right(self.sizes, guess)
+        found = largest(lambda i: fits(tape_of(self.sizes[i - 1]), capacity), len(self.sizes), place)
+        return self.sizes[found - 1] if found else 0
+
+    def next(self, batch: int) -> int:
+        """The size after `batch`, or after none (0)."""
+        return self.sizes[bisect_right(self.sizes, batch)]
 
 
 def largest(fits: Callable[[int], bool], most: int, guess: int = 1) -> int:
@@ -160,8 +167,8 @@ def break_down(need: Need, device_bytes: int) -> Breakdown:
     usage, fitting = usage_of(need, device_bytes)
     found = need.largest(device_bytes)
     wall = None
-    if found < need.most:
-        beyond = terms_of(play(need.tape_of(found + 1)), need.framework)
+    if found < need.sizes[-1]:
+        beyond = terms_of(play(need.tape_of(need.next(found))), need.framework)
         wall = max((term for term in beyond if term not in OVERHEADS), key=lambda term: beyond[term])
     terms = terms_of(usage, need.framework)
     one, more = (terms_of(play(need.tape_of(batch)), need.framework) for batch in (need.batch, need.batch + 1))
@@ -169,7 +176,7 @@ def break_down(need: Need, device_bytes: int) -> Breakdown:
     relief = {change: need.largest(device_bytes, tape_of) for change, tape_of in need.relief.items()}
     return Breakdown(
         need.title, need.key, need.batch, device_bytes, terms, usage.phase, usage.allocated, usage.reserved, fitting,
-        None if found == need.most else found, wall,
+        None if found == need.sizes[-1] else found, wall,
         {term: size for term, size in grows.items() if size > 0},
         {change: batch for change, batch in relief.items() if batch > found},
     )  # fmt: skip

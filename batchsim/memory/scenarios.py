@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchsim.batching.accumulation import divisors
 from batchsim.batching.continuous import kv_blocks
 from batchsim.errors import InputError
 from batchsim.memory import services, serving, training
@@ -16,6 +17,7 @@ from batchsim.memory.overheads import Library
 from batchsim.memory.tape import Tape
 from batchsim.model import MODELS, SERVICES, TRAINED, EncoderShape
 from batchsim.scenario import Scenario, num_kv_blocks
+from batchsim.service_times import MAX_BATCH
 from batchsim.workload import requests_of
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from batchsim.training_scenario import TrainingScenario
 
 MOST = 65_536
+MOST_LENGTHS = 16  # whose graphs are looked at, where a small bucket makes more
 GRAPH_SIZES = 18  # captured batches of a decoder: calibration.calibrate.GRAPH_SIZES
 FEWER_TOKENS = 2048
 
@@ -105,7 +108,7 @@ def _serving(scenario: Scenario, device_bytes: int, library: Library, base: Path
     if scenario.max_num_batched_tokens > FEWER_TOKENS:
         relief[f"max_num_batched_tokens = {FEWER_TOKENS}"] = lambda seqs: serving.tape(of(seqs, batched=FEWER_TOKENS))
     return Need(
-        scenario.name, "max_num_seqs", scenario.max_num_seqs, MOST, serving.tape(own),
+        scenario.name, "max_num_seqs", scenario.max_num_seqs, range(1, MOST + 1), serving.tape(own),
         lambda seqs: serving.tape(of(seqs)), framework, relief,
     )  # fmt: skip
 
@@ -121,6 +124,8 @@ def _dynamic(scenario: DynamicScenario, library: Library, base: Path) -> Need:
         longest = max(1, int(requests.prompt_tokens.max()))
         bucket = scenario.length_bucket
         lengths = tuple(min(length, shape.max_length) for length in range(bucket, longest + bucket, bucket))
+        # A lower bound where a small bucket makes more lengths than that: nobody captures hundreds.
+        lengths = lengths[:: -1 * max(1, len(lengths) // MOST_LENGTHS)][::-1]
 
     def of(size: int) -> services.Service:
         return services.Service(shape, size, lengths, scenario.cuda_graphs, scenario.instances, library)
@@ -133,8 +138,8 @@ def _dynamic(scenario: DynamicScenario, library: Library, base: Path) -> Need:
             replace(of(size), lengths=lengths[: len(lengths) // 2])
         )
     return Need(
-        scenario.name, "max_batch_size", scenario.max_batch_size, MOST, services.tape(of(scenario.max_batch_size)),
-        lambda size: services.tape(of(size)), framework_of(library), relief,
+        scenario.name, "max_batch_size", scenario.max_batch_size, range(1, MAX_BATCH + 1),
+        services.tape(of(scenario.max_batch_size)), lambda size: services.tape(of(size)), framework_of(library), relief,
     )  # fmt: skip
 
 
@@ -157,7 +162,7 @@ def _training(scenario: TrainingScenario, library: Library) -> Need:
         return lambda micro_batch: training.tape(change(of(micro_batch)))
 
     return Need(
-        scenario.name, "micro_batch", scenario.micro_batch, scenario.global_batch,
+        scenario.name, "micro_batch", scenario.micro_batch, divisors(scenario.global_batch),
         training.tape(of(scenario.micro_batch)), lambda micro_batch: training.tape(of(micro_batch)),
         framework_of(library), {name: changed(change) for name, change in changes.items()},
     )  # fmt: skip

@@ -39,7 +39,8 @@ def sentences(found: Tuning) -> list[str]:
     width = f"{_ms(verified.latency_ms)} \N{PLUS-MINUS SIGN} {_ms(verified.half_width_ms)}"
     kept = ""
     if found.bound_ms is not None:
-        kept = ", within the bound" if verified.latency_ms <= found.bound_ms else ", which is NOT within the bound"
+        within = verified.latency_ms + verified.half_width_ms <= found.bound_ms
+        kept = ", within the bound" if within else ", which may exceed the bound"
     told.append(f"With {verified.replications} other seeds: {found.percentile} {width}{kept}.")
     most = f"{found.breaking_requests_per_s:,.1f} requests/s"
     told.append(f"No setting serves more than {most}. Found with {found.simulations} simulations.")

@@ -14,7 +14,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from batchsim.errors import InputError
-from batchsim.latency import QUANTILES, intervals
+from batchsim.latency import intervals
 from batchsim.result import Run, ScheduleResult
 from batchsim.workload_scenario import TraceWorkload
 
@@ -42,8 +42,10 @@ DELAY_SHARES = (
 )  # of the time of a batch of the setting that serves most
 FRONTIER_LOADS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95)  # of the highest rate that any setting serves
 RESOLUTION = 0.01  # of the load that is bisected
-VERIFICATIONS = 5  # runs with other seeds
-RETREAT, RETREATS = 0.98, 20  # of the load, where other seeds do not keep the bound, and how often at most
+VERIFICATIONS = 8  # runs with other seeds
+LOST = 0.001  # a setting that refuses or drops a larger share of the requests does not serve the load
+WARM_UP = 0.2  # of a trial's time at most, whatever the scenario's is
+RETREAT, RETREATS = 0.97, 40  # of the load, where other seeds do not keep the bound, and how often at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,13 @@ class _Search:
             raise InputError(
                 None, "workload.request_rate", found, "one number: settings are compared at constant loads"
             )
+        if workload.max_concurrency is not None:
+            wanted = "a workload without it: clients that are held back hide how long requests wait"
+            raise InputError(None, "workload.max_concurrency", f"{workload.max_concurrency:,}", wanted)
+        if scenario.slo is not None and scenario.slo.queue_ms is not None:
+            raise InputError(
+                None, "slo.queue_ms", f"{scenario.slo.queue_ms:g}", "slo.e2e_ms, which is what tune bounds"
+            )
         self.scenario, self.rate, self.percentile = scenario, rate, percentile
         self.asked = Setting(scenario.schedules[0], scenario.max_batch_size, float(scenario.max_queue_delay_us))
         self.trials: dict[tuple[Setting, float], Trial] = {}
@@ -169,7 +178,10 @@ class _Search:
                 found = self._run(Setting(schedule, size, 0.0), self.rate, 0).breaking_requests_per_s or 0.0
                 if found > most:
                     most, batch_us, self._largest = found, size / found * 1e6, size
-        self.delays_us = tuple(sorted({round(share * batch_us, 1) for share in DELAY_SHARES}))
+        delays_us = {round(share * batch_us, 1) for share in DELAY_SHARES}
+        if self.scenario.late == "drop" and (timeout_us := self.scenario.queue_timeout_us) is not None:
+            delays_us = {min(delay, timeout_us) for delay in delays_us}  # a longer one drops all that wait for it
+        self.delays_us = tuple(sorted(delays_us))
         return most
 
     def best_at(self, rate: float) -> Trial:
@@ -214,7 +226,7 @@ class _Search:
         latencies = result.latency_ms.get("e2e", {})
         outcomes = result.outcomes
         lost = (outcomes["refused"] + outcomes["dropped"]) / max(outcomes["arrivals"], 1)
-        doomed = result.unstable is not None or not latencies or lost > 1 - QUANTILES.get(self.percentile, 0.99)
+        doomed = result.unstable is not None or not latencies or lost > LOST
         found = Trial(
             setting, rate, inf if doomed else latencies[self.percentile], latencies.get("p50", inf),
             latencies.get("p99", inf), result.batch_size.get("mean", 0.0), result.device_busy_fraction,
@@ -224,16 +236,18 @@ class _Search:
         return found
 
     def verify(self, best: Trial, bound_ms: float | None) -> tuple[Trial, Verified]:
-        """The chosen setting with other seeds; with a bound, that at the highest load at which these keep it, too."""
+        """The chosen setting with other seeds; with a bound, that at the highest load at which these keep it, too: the
+        upper end of the interval of the mean."""
         for _ in range(RETREATS):
             runs = [self.trial(best.setting, best.requests_per_s, number + 1) for number in range(VERIFICATIONS)]
             mean, width = inf, 0.0
             if all(run.latency_ms < inf for run in runs):
                 mean, width = intervals([{"latency_ms": run.latency_ms} for run in runs])["latency_ms"]
-            if bound_ms is None or mean <= bound_ms:
+            found = best, Verified(VERIFICATIONS, mean, width)
+            if bound_ms is None or mean + width <= bound_ms:
                 break
             best = self.best_at(best.requests_per_s * RETREAT)
-        return best, Verified(VERIFICATIONS, mean, width)
+        return found
 
     def _descend(self, start: Setting, rate: float) -> Trial:
         """Improve the delay, then the batch size, and so on until neither helps."""
@@ -267,6 +281,7 @@ class _Search:
         update = {
             "schedules": (setting.schedule,), "max_batch_size": setting.max_batch_size,
             "max_queue_delay_us": setting.max_queue_delay_us, "preferred_batch_sizes": preferred,
+            "warm_up_s": min(self.scenario.warm_up_s, WARM_UP * self._workload.num_prompts / rate),
             "replications": 1, "replication": self.scenario.replication + replication,
             "workload": self._workload.model_copy(update={"request_rate": rate}),
         }  # fmt: skip
