@@ -95,7 +95,7 @@ class TestProfile:
         assert load_training_profile("own.json", tmp_path) == profile
 
     def test_an_unknown_one_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"calibration\.training\.calibrate"):
+        with pytest.raises(InputError, match=r"batchsim calibrate --training"):
             load_training_profile("nowhere", tmp_path)
 
     def test_a_broken_one_names_its_key(self, tmp_path: Path) -> None:
