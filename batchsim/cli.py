@@ -110,7 +110,7 @@ def run(
                 if status is not None:
                     status("at other loads")
                 try:
-                    simulate = partial(kind.simulate, costs=costs, base=file.parent)
+                    simulate = partial(kind.simulate, costs=costs, checks=False, base=file.parent)  # it fitted
                     curve = load_curve(scenario, simulate, base=file.parent, progress=progress)
                 except KeyboardInterrupt:
                     interrupted = True

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from batchsim import __version__, workload
+from batchsim import __version__
 from batchsim.answer_figures import with_answers
 from batchsim.answered import Answered
 from batchsim.costs import ProfileCosts
 from batchsim.dynamic_operation import operate
 from batchsim.dynamic_scenario import DynamicScenario, batcher_of, check_lengths
-from batchsim.engine import WINDOW_STEPS, Window, with_gains
+from batchsim.engine import WINDOW_STEPS, Window, requests_of, slo_of, with_gains
 from batchsim.errors import InputError, RunError
-from batchsim.latency import Slo
 from batchsim.profile import Profile
 from batchsim.records import Span
 from batchsim.result import Run, ScheduleResult, over_replications
@@ -31,16 +30,6 @@ _SATURATED, _STARTING = 256, 16
 
 Costs = Sequence[ProfileCosts] | Sequence[TableCosts]
 Tell = Callable[[int, int], None]  # takes requests that have left the server, and the time, nanoseconds
-
-
-def requests_of(scenario: DynamicScenario, base: Path = Path()) -> Requests:
-    """The requests of a scenario; a trace's path is relative to `base`."""
-    return workload.requests_of(scenario.workload, seed=scenario.seed, replication=scenario.replication, base=base)
-
-
-def slo_of(scenario: DynamicScenario) -> Slo | None:
-    """The objectives that a scenario's requests are held to."""
-    return None if scenario.slo is None else Slo(**scenario.slo.model_dump())
 
 
 def simulate(
@@ -126,9 +115,9 @@ class _Ran:
 def _result(
     scenario: DynamicScenario, profile: Profile | None, schedule: str, requests: Requests, ran: _Ran
 ) -> ScheduleResult:
-    breaking = breaking_per_s(scenario, profile, schedule, requests) if scenario.open_loop else None
+    breaking = breaking_per_s(scenario, profile, schedule, requests) if scenario.workload.open_loop else None
     result = with_answers(
-        ran.result, ran.answered, slo_of(scenario), open_loop=scenario.open_loop, breaking_per_s=breaking
+        ran.result, ran.answered, slo_of(scenario), open_loop=scenario.workload.open_loop, breaking_per_s=breaking
     )
     warnings = list(result.warnings)
     if requests.dropped:

@@ -13,20 +13,13 @@ from batchsim import fields, yaml_loader
 from batchsim.batching.dynamic import DynamicBatcher, Requested
 from batchsim.dynamic_workload import DynamicWorkload
 from batchsim.errors import InputError
-from batchsim.fields import Count, Model, Text, key_of
+from batchsim.fields import Count, Milliseconds, Model, Text, distinct, key_of
 from batchsim.model import SERVICES, EncoderShape
 from batchsim.refusal import Override, Refusals, refused
 from batchsim.service_times import MAX_BATCH, TableService
 from batchsim.workload import Requests
 
 SCHEDULES = ("sync", "async")
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise refused(f"{value} twice", "each once")
-    return values
 
 
 def _no_tiles(value: str) -> str:
@@ -44,7 +37,6 @@ ScheduleName = Annotated[
 ]
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Microseconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
-Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 class AnswerObjectives(Model):
@@ -74,7 +66,9 @@ class DynamicScenario(Model):
     """A table of service times, in place of model and profile."""
     workload: DynamicWorkload
     """The requests, and when they arrive."""
-    schedules: Annotated[tuple[ScheduleName, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)] = (
+    schedules: Annotated[
+        tuple[ScheduleName, ...], Field(strict=False, min_length=1), AfterValidator(distinct("each once"))
+    ] = (
         "sync",
         "async",
     )
@@ -85,7 +79,9 @@ class DynamicScenario(Model):
     """Requests in one batch at most."""
     max_queue_delay_us: Microseconds = 0.0
     """How long the oldest request waits for others to fill a batch at most, microseconds; 0: not at all."""
-    preferred_batch_sizes: Annotated[tuple[BatchSize, ...], Field(strict=False), AfterValidator(_distinct)] = ()
+    preferred_batch_sizes: Annotated[
+        tuple[BatchSize, ...], Field(strict=False), AfterValidator(distinct("each once"))
+    ] = ()
     """Sizes of which a batch goes at once when the queue fills it; without it max_batch_size."""
     queue_timeout_us: Microseconds | None = None
     """A request that waits longer is late, microseconds; without it none is."""
@@ -160,12 +156,6 @@ class DynamicScenario(Model):
             wanted = f"at least {clients}: a client that is refused would come again at once"
             raise refused(found, wanted, "max_queue_size")
         return self
-
-    @property
-    def open_loop(self) -> bool:
-        """Whether requests arrive at times of their own, whatever becomes of those before them."""
-        workload = self.workload
-        return workload.max_concurrency is None and getattr(workload, "request_rate", 0.0) is not None
 
 
 def batcher_of(scenario: DynamicScenario, requests: Requests, *, made: bool = False) -> DynamicBatcher:

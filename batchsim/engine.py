@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from batchsim import __version__, workload
 from batchsim.batching.continuous import ContinuousBatcher
@@ -32,6 +33,11 @@ from batchsim.workload import Requests
 from batchsim.workload_scenario import FixedWorkload
 
 WINDOW_STEPS = 6
+
+if TYPE_CHECKING:
+    from batchsim.dynamic_scenario import DynamicScenario
+
+    OfRequests: TypeAlias = Scenario | DynamicScenario
 
 Tell = Callable[[int, int, int], None]  # takes requests finished, of how many, and the time, nanoseconds
 
@@ -93,7 +99,7 @@ def limits_of(scenario: Scenario, num_kv_blocks: int | None) -> Limits:
     )
 
 
-def requests_of(scenario: Scenario, base: Path = Path()) -> Requests:
+def requests_of(scenario: OfRequests, base: Path = Path()) -> Requests:
     """The requests of a scenario; a trace's path is relative to `base`."""
     return workload.requests_of(scenario.workload, seed=scenario.seed, replication=scenario.replication, base=base)
 
@@ -282,7 +288,7 @@ def _compiled(scenario: Scenario, profile: Profile, schedule: str) -> bool:
     return SCHEDULES[schedule] in (sync, async_) and 2 * (launches + 2) <= scenario.launch_queue_depth
 
 
-def slo_of(scenario: Scenario) -> Slo | None:
+def slo_of(scenario: OfRequests) -> Slo | None:
     """The objectives that a scenario's requests are held to."""
     return None if scenario.slo is None else Slo(**scenario.slo.model_dump())
 

@@ -40,6 +40,18 @@ def key_of(table: Mapping[str, object]) -> Callable[[str], str]:
     return check
 
 
+def distinct(wanted: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A check that no value occurs twice; `wanted` says what would do."""
+
+    def check(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                raise refused(f"{value} twice", wanted)
+        return values
+
+    return check
+
+
 def _printable(value: str) -> str:
     if not value.isprintable() or value.isspace():
         raise refused(shown(value), "printable text on one line")
@@ -60,6 +72,7 @@ def _either(schema: dict[str, Any]) -> None:
 Value = TypeVar("Value")
 Text = Annotated[str, AfterValidator(_printable), Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 # A tuple that a file may write as a list, or as its only value.
 OneOrMore = Annotated[
     tuple[Value, ...],

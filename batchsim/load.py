@@ -34,7 +34,7 @@ def load_curve(
     trace is replayed faster or slower instead. `simulate` runs a scenario; a trace's path is relative to `base`.
     """
     asked = scenario.workload
-    if asked.max_concurrency is not None or getattr(asked, "request_rate", 0.0) is None:
+    if not asked.open_loop:
         return None
     # The schedule tile runs an event for every host call, which would take too long.
     names = tuple(name for name in scenario.schedules if name != "tile")

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,7 @@ from batchsim.shipped import read_profile
 from batchsim.streams import Burst
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AnyProfile = TypeVar("AnyProfile", bound=BaseModel)
 
 
 def _rising(values: list[int]) -> list[int]:
@@ -42,11 +43,13 @@ def _rising(values: list[int]) -> list[int]:
 Rising = Annotated[list[int], Field(min_length=2), AfterValidator(_rising)]
 
 
-class _Model(BaseModel):
+class Measured(BaseModel):
+    """A mapping of a profile: frozen, strict, and without unknown keys."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class PhaseFit(_Model):
+class PhaseFit(Measured):
     """Host time of one phase, nanoseconds: linear in what the batch holds, times a ratio drawn per step.
 
     `ratios` are the means of equal-count bins of measured over fitted time, so that their mean is the measured
@@ -76,7 +79,7 @@ class PhaseFit(_Model):
         return self.linear_ns(num_seqs, prefill_tokens, admitted, num_tokens) * sum(self.ratios) / len(self.ratios)
 
 
-class LoopFit(_Model):
+class LoopFit(Measured):
     """One loop (a schedule, with or without graphs): its host phases and the machine's fixed delays in it.
 
     A copy takes the device its `..._device_ns`, and more for each sequence of the batch and each of its tokens.
@@ -107,7 +110,7 @@ def _pair(xs: Sequence[int], ns: Sequence[float]) -> None:
         raise ValueError(f"{len(xs)} points have {len(ns)} times")
 
 
-class DecodeCurve(_Model):
+class DecodeCurve(Measured):
     """Device time of a decode forward padded to `size` rows, by the sum of the rows' contexts."""
 
     size: PositiveInt
@@ -121,10 +124,10 @@ class DecodeCurve(_Model):
 
     def at(self, kv_tokens: float) -> float:
         """Nanoseconds; piecewise linear, the end segments going on."""
-        return _line(kv_tokens, self.kv_tokens, self.ns)
+        return line(kv_tokens, self.kv_tokens, self.ns)
 
 
-class PrefillFit(_Model):
+class PrefillFit(Measured):
     """Device time of a forward with prompt tokens: `ns` at `num_tokens` new tokens, and more for attention.
 
     Prompts add `pair_ns` for each (query, key) pair, counted in whole tiles of `tile` queries, and `depth_ns` for each
@@ -149,11 +152,11 @@ class PrefillFit(_Model):
 
     def at(self, num_tokens: int, pairs: int, depth: int, decodes: int, kv_tokens: int) -> float:
         """Nanoseconds of a forward of `num_tokens` new tokens, `decodes` of them of decoding rows."""
-        ns = _line(num_tokens, self.num_tokens, self.ns) + self.pair_ns * pairs + self.depth_ns * depth
+        ns = line(num_tokens, self.num_tokens, self.ns) + self.pair_ns * pairs + self.depth_ns * depth
         return ns + self.mixed_ns + self.row_ns * decodes + self.kv_ns * kv_tokens if decodes else ns
 
 
-class DeviceFit(_Model):
+class DeviceFit(Measured):
     """Device time of a forward.
 
     `eager_factor` is the kernel time of a forward that is launched kernel by kernel over the graph's;
@@ -180,7 +183,7 @@ class DeviceFit(_Model):
         return (last.at(0) - before.at(0)) / (last.size - before.size) * (rows - last.size)
 
 
-class KernelCounts(_Model):
+class KernelCounts(Measured):
     """Launches of a forward without graphs: before the layers, in each layer, and after them.
 
     Up to `split_rows` decoding rows each layer has one launch more: attention split over the context, and the sum.
@@ -219,7 +222,7 @@ class KernelCounts(_Model):
         return self.per_layer + (0 < decode_rows <= self.split_rows)
 
 
-class Profile(_Model):
+class Profile(Measured):
     """Everything measured for one model on one machine. Loops are named `sync/graph`, `async/eager` and so on.
 
     `overlaps` says whether the device computes while the host goes on; on a CPU a launch is the forward itself.
@@ -239,7 +242,7 @@ class Profile(_Model):
     cells: list[dict[str, Any]]
 
 
-def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+def line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     """Piecewise linear through the points, the end segments going on."""
     i = min(max(bisect_right(xs, x), 1), len(xs) - 1)
     return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
@@ -253,8 +256,17 @@ def load_profile(name: str, base: Path | None = None) -> Profile:
     """
     wanted = "a file that `batchsim calibrate` wrote"
     text, source = read_profile(name, base or Path(), ".", what="profile", wanted=wanted)
+    return parsed(Profile, text, source)
+
+
+def parsed(model: type[AnyProfile], text: str, source: str) -> AnyProfile:
+    """A profile of one kind from JSON text; `source` is what errors name.
+
+    Raises:
+        InputError: it is not one.
+    """
     try:
-        return Profile.model_validate_json(text)
+        return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "profile"

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 from batchsim import fields, yaml_loader
 from batchsim.batching.continuous import kv_blocks, max_tokens
 from batchsim.errors import InputError, shown
-from batchsim.fields import Model, Text, key_of
+from batchsim.fields import Milliseconds, Model, Text, distinct, key_of
 from batchsim.model import MODELS
 from batchsim.refusal import Override, Refusals, refused
 from batchsim.router import ROUTERS
@@ -22,13 +22,6 @@ from batchsim.workload_scenario import Workload
 
 if TYPE_CHECKING:
     from batchsim.workload import Requests
-
-
-def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise refused(f"{value} twice", "each schedule once")
-    return values
 
 
 def _power_of_two(value: int) -> int:
@@ -42,9 +35,6 @@ RouterName = Annotated[
     str, AfterValidator(key_of(dict.fromkeys(ROUTERS))), Field(json_schema_extra={"enum": list(ROUTERS)})
 ]
 ScheduleName = Annotated[str, AfterValidator(key_of(SCHEDULES)), Field(json_schema_extra={"enum": list(SCHEDULES)})]
-
-
-Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 class Objectives(Model):
@@ -76,7 +66,9 @@ class Scenario(Model):
     """For the tile schedule, measured costs of tiles: a shipped name or a path; without it those of the same device."""
     workload: Workload
     """The requests, and when they arrive."""
-    schedules: Annotated[tuple[ScheduleName, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)] = (
+    schedules: Annotated[
+        tuple[ScheduleName, ...], Field(strict=False, min_length=1), AfterValidator(distinct("each schedule once"))
+    ] = (
         "sync",
         "async",
     )

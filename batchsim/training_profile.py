@@ -9,36 +9,25 @@ A micro-batch has four parts, told apart on the host and on the device: the embe
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from batchsim.errors import InputError
-from batchsim.profile import Rising
+from batchsim.profile import Measured, Positive, Rising, line, parsed
 from batchsim.shipped import read_profile
 
 PARTS = ("layers", "head", "head_backward", "layers_backward")
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class HostFit(_Model):
+class HostFit(Measured):
     """Host time of a part, nanoseconds: the mean, times a ratio drawn each time from measured ones of mean 1.
 
     `later_ns` is what a step's second and later micro-batches take more. Samples beyond the outlier bound take no part;
@@ -47,7 +36,7 @@ class HostFit(_Model):
 
     ns: NonNegativeFloat
     later_ns: FiniteFloat = 0.0
-    ratios: Annotated[list[NonNegativeFloat], Field(min_length=1)] = [1.0]
+    ratios: list[NonNegativeFloat] = Field([1.0], min_length=1)
     samples: PositiveInt = 1
     outliers: NonNegativeInt = 0
     outlier_ns: NonNegativeFloat = 0.0
@@ -61,7 +50,7 @@ class HostFit(_Model):
         return self.ns if first else max(self.ns + self.later_ns, 0.0)
 
 
-class Launches(_Model):
+class Launches(Measured):
     """Host side of a part: kernels and other commands launched, by a step's first micro-batch and by later ones."""
 
     first: PositiveInt
@@ -69,20 +58,20 @@ class Launches(_Model):
     host: HostFit
 
 
-class TokenFit(_Model):
+class TokenFit(Measured):
     """Host time that grows with the data, nanoseconds: of a call, of each sequence and of each token in it."""
 
     call_ns: NonNegativeFloat
     sequence_ns: NonNegativeFloat = 0.0
     token_ns: NonNegativeFloat = 0.0
-    ratios: Annotated[list[NonNegativeFloat], Field(min_length=1)] = [1.0]
+    ratios: list[NonNegativeFloat] = Field([1.0], min_length=1)
 
     def at(self, sequences: int, sequence_length: int) -> float:
         """Nanoseconds, without the ratio."""
         return self.call_ns + sequences * (self.sequence_ns + self.token_ns * sequence_length)
 
 
-class Curve(_Model):
+class Curve(Measured):
     """Device time of a part of a micro-batch: `ns` at so many `tokens`, and attention's share.
 
     `ns` is without what attention makes a token of a longer sequence cost more than one of the shortest measured:
@@ -92,7 +81,7 @@ class Curve(_Model):
     tokens: Rising
     ns: list[NonNegativeFloat]
     sequence_length: Rising | None = None
-    token_ns: list[FiniteFloat] = []
+    token_ns: list[FiniteFloat] = Field([])
 
     @model_validator(mode="after")
     def _paired(self) -> Self:
@@ -103,14 +92,14 @@ class Curve(_Model):
 
     def at(self, tokens: int, sequence_length: int) -> float:
         """Nanoseconds of a micro-batch of `tokens` in sequences of `sequence_length`."""
-        return max(_line(tokens, self.tokens, self.ns) + tokens * self.attention_ns(sequence_length), 0.0)
+        return max(line(tokens, self.tokens, self.ns) + tokens * self.attention_ns(sequence_length), 0.0)
 
     def attention_ns(self, sequence_length: int) -> float:
         """What a token costs more in sequences of this length."""
-        return _line(sequence_length, self.sequence_length, self.token_ns) if self.sequence_length else 0.0
+        return line(sequence_length, self.sequence_length, self.token_ns) if self.sequence_length else 0.0
 
 
-class OptimizerFit(_Model):
+class OptimizerFit(Measured):
     """An optimiser's step: the host works, launches `launches` kernels, and frees the gradients (`zero_grad`)."""
 
     launches: PositiveInt
@@ -119,7 +108,7 @@ class OptimizerFit(_Model):
     device_ns: Positive
 
 
-class PrecisionFit(_Model):
+class PrecisionFit(Measured):
     """Everything that depends on the precision.
 
     `host` by checkpointing (`none`, `full`) and part. A forward pass that begins on an idle device has spent `lead` of
@@ -144,7 +133,7 @@ class PrecisionFit(_Model):
         return self
 
 
-class TrainingProfile(_Model):
+class TrainingProfile(Measured):
     """Everything measured for training one model on one machine.
 
     `overlaps` says whether the device computes while the host goes on; on a CPU a launch is the computation itself.
@@ -168,12 +157,6 @@ class TrainingProfile(_Model):
     cells: list[dict[str, Any]]
 
 
-def _line(x: float, xs: Sequence[int], ys: Sequence[float]) -> float:
-    """Piecewise linear through the points, the end segments going on."""
-    i = min(max(bisect_right(xs, x), 1), len(xs) - 1)
-    return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-
-
 def load_training_profile(name: str, base: Path | None = None) -> TrainingProfile:
     """Read a shipped profile of training by name, or any by the path of its JSON, relative to `base`.
 
@@ -182,9 +165,4 @@ def load_training_profile(name: str, base: Path | None = None) -> TrainingProfil
     """
     wanted = "a file that `batchsim calibrate --training` wrote"
     text, source = read_profile(name, base or Path(), "training", what="training profile", wanted=wanted)
-    try:
-        return TrainingProfile.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "profile"
-        raise InputError(source, key, repr(first["input"])[:80], first["msg"]) from None
+    return parsed(TrainingProfile, text, source)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from batchsim import fields, yaml_loader
 from batchsim.batching.accumulation import divisors
 from batchsim.errors import one_of
-from batchsim.fields import Model, Text, key_of
+from batchsim.fields import Model, Text, distinct, key_of
 from batchsim.model import TRAINED
 from batchsim.refusal import Override, Refusals, refused
 from batchsim.schedules.training import TRAINING_SCHEDULES
@@ -23,13 +23,6 @@ ScheduleName = Annotated[
 ]
 Sequences = Annotated[int, Field(ge=1, le=1_000_000)]
 Positive = Annotated[float, Field(gt=0, le=1e18, allow_inf_nan=False)]
-
-
-def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise refused(f"{value} twice", "each schedule once")
-    return values
 
 
 class Data(Model):
@@ -94,7 +87,9 @@ class TrainingScenario(Model):
     """All in bfloat16; weights, gradients and state in float32 and computing in bfloat16; or all in float32."""
     checkpointing: Literal["none", "full"] = "none"
     """Keep every layer's activations for the backward pass, or only each layer's input and compute the rest anew."""
-    schedules: Annotated[tuple[ScheduleName, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)] = (
+    schedules: Annotated[
+        tuple[ScheduleName, ...], Field(strict=False, min_length=1), AfterValidator(distinct("each schedule once"))
+    ] = (
         "sync",
         "async",
     )

@@ -251,6 +251,11 @@ class Clients(Model):
     priorities: Annotated[tuple[Priority, ...], Field(strict=False, min_length=1, max_length=MAX_ENTRIES)] | None = None
     """Classes that requests are drawn from; without it all have priority 0."""
 
+    @property
+    def open_loop(self) -> bool:
+        """Whether requests arrive at times that are given, whatever becomes of those before them."""
+        return self.max_concurrency is None
+
     @model_validator(mode="after")
     def _classes(self) -> Self:
         classes = [entry.priority for entry in self.priorities or ()]
@@ -272,6 +277,10 @@ class Arrivals(Clients):
     """
     burstiness: Annotated[float, Field(ge=0.001, le=1e6, allow_inf_nan=False)] = 1.0
     """Shape of the gamma distribution of gaps, as in vLLM's benchmark; 1: Poisson arrivals, less: burstier."""
+
+    @property
+    def open_loop(self) -> bool:
+        return super().open_loop and self.request_rate is not None
 
     @model_validator(mode="after")
     def _timed(self) -> Self:

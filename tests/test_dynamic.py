@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from batchsim.answered import ACCEPTED, DROPPED, REFUSED, SERVED_LATE, Answered
-from batchsim.dynamic import breaking_per_s, requests_of, simulate
+from batchsim.dynamic import breaking_per_s, simulate
 from batchsim.dynamic_scenario import DynamicScenario, nanoseconds
+from batchsim.engine import requests_of
 from batchsim.errors import InputError, RunError
 from batchsim.result import Run
 from tests.dynamic import scenario, service_profile

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from batchsim import dynamic
 from batchsim.answered import MOMENTS
 from batchsim.dynamic_scenario import DynamicScenario
+from batchsim.engine import requests_of
 from batchsim.profile import KernelCounts, Profile
 from tests.dynamic import scenario, service_profile
 
@@ -21,7 +22,7 @@ PROFILES = {overlaps: service_profile(kernels=KERNELS, overlaps=overlaps) for ov
 
 
 def assert_equal_levels(asked: DynamicScenario, profile: Profile | None) -> None:
-    requests = dynamic.requests_of(asked)
+    requests = requests_of(asked)
     for schedule in asked.schedules:
         assert dynamic._compiled(asked, profile, schedule)
         ours = dynamic._serve(asked, profile, schedule, requests)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from batchsim import fields, yaml_loader
 from batchsim.errors import one_of, shown
-from batchsim.fields import Count, Model, OneOrMore, Text, key_of
+from batchsim.fields import Count, Model, OneOrMore, Text, distinct, key_of
 from batchsim.refusal import Override, Refusals, refused
 from batchsim.tiles.custom import CustomChain, Small
 from batchsim.tiles.models import CHANNELS, CONVOLUTIONS, DECODERS, Stage
@@ -34,14 +34,7 @@ ConvModel = Annotated[str, AfterValidator(key_of(CONVOLUTIONS)), Field(json_sche
 Side = Annotated[int, Field(ge=1, le=4096)]
 
 
-def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise refused(f"{value} twice", "each value once")
-    return values
-
-
-Sizes = Annotated[OneOrMore[Count], AfterValidator(_distinct)]
+Sizes = Annotated[OneOrMore[Count], AfterValidator(distinct("each value once"))]
 
 
 class TileSpec(Model):
@@ -193,7 +186,7 @@ class ConvChain(Model):
     """The model's shape."""
     images: Sizes
     """Images in the batch. A list makes a case of each."""
-    channels: Annotated[OneOrMore[Count], AfterValidator(_distinct)] = tuple(CHANNELS)
+    channels: Annotated[OneOrMore[Count], AfterValidator(distinct("each value once"))] = tuple(CHANNELS)
     """Layers by their channels; each makes a case."""
     tile: ConvTiles = ConvTiles()
     """Tiles of the kernels."""

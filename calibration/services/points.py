@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from batchsim.dynamic import breaking_per_s, requests_of
+from batchsim.dynamic import breaking_per_s
 from batchsim.dynamic_scenario import DynamicScenario
+from batchsim.engine import requests_of
 from batchsim.files import write_json
 from batchsim.profile import Profile
 from batchsim.yaml_loader import load as load_yaml

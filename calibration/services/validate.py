@@ -11,9 +11,8 @@ import numpy as np
 
 from batchsim.answer_figures import with_answers
 from batchsim.answered import Answered, AnswerLog, answered
-from batchsim.dynamic import requests_of, slo_of
 from batchsim.dynamic_scenario import DynamicScenario, batcher_of, check_lengths
-from batchsim.engine import Window, with_gains
+from batchsim.engine import Window, requests_of, slo_of, with_gains
 from batchsim.errors import InputError
 from batchsim.metrics import Metrics
 from batchsim.profile import Profile
@@ -130,7 +129,7 @@ def _serve(
     warm_up_ns = round(scenario.warm_up_s * 1e9)
     found = answered([log], batcher, warm_up_ns=warm_up_ns, total_ns=run.total_ns)
     result = metrics.totals(run.total_ns).result(schedule, {"requests": batcher.finished})
-    result = with_answers(result, found, slo_of(scenario), open_loop=scenario.open_loop, breaking_per_s=None)
+    result = with_answers(result, found, slo_of(scenario), open_loop=scenario.workload.open_loop, breaking_per_s=None)
     return result, window.spans(), found
 
 
