@@ -1,0 +1,162 @@
+"""A profile learned from a profiler trace: the steps of somebody's loop, as operations of a host and of streams.
+
+An operation takes its host time, in the order of the list; what it puts on a stream runs there in order. Times are as
+traced, nanoseconds: what the profiler added is told by `events`, the number of events that it recorded meanwhile, and is
+taken out by whoever replays them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from batchsim.profile import Measured, parsed
+from batchsim.shipped import read_profile
+
+SCHEMA_VERSION = 1
+
+
+class Work(Measured):
+    """The host computes: interpreter, framework, and calls that put nothing on the device."""
+
+    op: Literal["work"] = "work"
+    phase: str
+    ns: NonNegativeInt
+    events: NonNegativeInt
+
+
+class Kernels(Measured):
+    """Kernels launched one after the other on one stream, or one graph.
+
+    `host_ns[i]` is from the start of launch i to the start of the next one, and of the last launch the call alone. A
+    graph is one launch of `nodes` kernels; its device time has the gaps between its nodes in it, as traced.
+    """
+
+    op: Literal["kernels"] = "kernels"
+    phase: str
+    stream: NonNegativeInt
+    host_ns: list[NonNegativeInt] = Field(min_length=1)
+    events: list[NonNegativeInt] = Field(min_length=1)
+    device_ns: list[NonNegativeInt] = Field(min_length=1)
+    nodes: PositiveInt | None = None
+    """Of a graph, its kernels and copies; None: launched kernel by kernel."""
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if not len(self.host_ns) == len(self.events) == len(self.device_ns):
+            raise ValueError("host_ns, events and device_ns have one entry a launch")
+        if self.nodes is not None and len(self.host_ns) != 1:
+            raise ValueError("a graph is one launch")
+        return self
+
+
+class Copy(Measured):
+    """A copy: `h2d`, `d2h`, or on the device `d2d` (a memset too). `waits`: the call returns when it is done."""
+
+    op: Literal["copy"] = "copy"
+    phase: str
+    stream: NonNegativeInt
+    direction: Literal["h2d", "d2h", "d2d"]
+    bytes: NonNegativeInt
+    pinned: bool
+    waits: bool
+    host_ns: NonNegativeInt
+    events: NonNegativeInt
+    device_ns: NonNegativeInt
+
+
+class StreamWait(Measured):
+    """`stream` waits for what was put on the stream `on` before."""
+
+    op: Literal["stream_wait"] = "stream_wait"
+    phase: str
+    stream: NonNegativeInt
+    on: NonNegativeInt
+    host_ns: NonNegativeInt
+    events: NonNegativeInt
+
+
+class Wait(Measured):
+    """The host waits until operation `target` of the step `lag` steps before has ended on the device.
+
+    `host_ns` is the call's own time, that of waking up included; `waited_ns` what it waited, as traced.
+    """
+
+    op: Literal["wait"] = "wait"
+    phase: str
+    lag: NonNegativeInt
+    target: NonNegativeInt
+    host_ns: NonNegativeInt
+    events: NonNegativeInt
+    waited_ns: NonNegativeInt
+
+
+Operation = Annotated[Work | Kernels | Copy | StreamWait | Wait, Field(discriminator="op")]
+
+
+class Step(Measured):
+    """One traced step: its operations in the host's order, and how long it took, start to start, nanoseconds."""
+
+    traced_ns: PositiveInt
+    operations: list[Operation] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _targets(self) -> Self:
+        for i, operation in enumerate(self.operations):
+            if isinstance(operation, Wait) and operation.lag == 0 and operation.target >= i:
+                raise ValueError(f"operation {i} waits for operation {operation.target}, which comes later")
+        return self
+
+
+class MatrixProduct(Measured):
+    """A product (rows, inner) @ (inner, columns) that a step launches `count` times, in device time `ns` each."""
+
+    rows: PositiveInt
+    columns: PositiveInt
+    inner: PositiveInt
+    count: PositiveInt
+    ns: PositiveFloat
+
+
+class LearnedProfile(Measured):
+    """What a trace tells about a loop. `steady_step_ms` is its step without a profiler, where that is known.
+
+    `graph_gap_ns` is the median gap between the nodes of a traced graph; `launch_ns` from a launch call's start to its
+    kernel's on an idle device; `replay_error` how far a replay of the traced times is from the traced steps, signed.
+    `phases_ms` are untraced host times of phases, without their waits.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["learned"] = "learned"
+    source: str
+    device: str
+    found_by: str
+    steps_in_trace: PositiveInt
+    steady_step_ms: PositiveFloat | None = None
+    phases_ms: dict[str, NonNegativeFloat] = Field({})
+    launch_ns: NonNegativeInt
+    graph_gap_ns: NonNegativeInt
+    replay_error: float
+    dense: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the kernels' time in dense matrix products, which draw so much power that they lower the clocks."""
+    chains: list[list[MatrixProduct]] = Field([])
+    notes: list[str] = Field([])
+    provenance: dict[str, Any]
+    steps: list[Step] = Field(min_length=1)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Host phases in the order in which they first occur."""
+        return tuple(dict.fromkeys(operation.phase for step in self.steps for operation in step.operations))
+
+
+def load_learned(file: Path) -> LearnedProfile:
+    """Read a profile that `batchsim learn` wrote.
+
+    Raises:
+        InputError: it is not one.
+    """
+    text, source = read_profile(str(file), Path(), ".", what="learned profile", wanted="a file that `batchsim learn` wrote")
+    return parsed(LearnedProfile, text, source)

@@ -1,0 +1,80 @@
+"""Measure pairs of loops: python -m calibration.pairs run --out DIR [--only NAME] [--rounds N]"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from batchsim.errors import InputError
+from batchsim.files import write_text
+from calibration.device import prepare
+from calibration.pairs.catalogue import PAIRS
+from calibration.pairs.measure import measure, usable
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def names() -> None:
+    """List the pairs."""
+    for pair in PAIRS:
+        typer.echo(f"{pair.name:16} {pair.outlook:8} {pair.description}")
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="The folder to write to; pairs that are in it already are left out.")],
+    only: Annotated[list[str] | None, typer.Option(help="Only this pair; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the two loops take turns.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a turn.")] = 60,
+    limit: Annotated[int, typer.Option(min=1, help="Seconds after which a pair is given up, and the process.")] = 60,
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a trial in small.")] = "cuda",
+) -> None:
+    """Measure each pair in turn; one that fails leaves NAME.failed.txt and is not tried again."""
+    known = {pair.name: pair for pair in PAIRS}
+    if unknown := set(only or ()) - known.keys():
+        raise InputError("--only", "", f"the unknown pair {min(unknown)}", f"one of {', '.join(known)}")
+    prepare(device, "measure pairs of loops")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in only or known:
+        failed = out / f"{name}.failed.txt"
+        if failed.exists() or (out / f"{name}.json").exists():
+            continue
+        # There already if the process is ended from outside, or by its own watchdog.
+        write_text(failed, "did not end\n")
+        faulthandler.dump_traceback_later(limit, exit=True)
+        began = time.perf_counter()
+        try:
+            found = measure(known[name], device, out, rounds=rounds, steps=steps)
+        except Exception:
+            write_text(failed, traceback.format_exc())
+            typer.echo(f"{name:16} failed: {traceback.format_exc(limit=0).strip()}")
+            if not usable(device):
+                raise typer.Exit(3) from None
+        else:
+            failed.unlink()
+            typer.echo(
+                f"{name:16} sync {_listed(found['sync_step_ms'])} async {_listed(found['async_step_ms'])} ms, gain "
+                f"{found['gain']:+.1%} ({found['outlook']}), outputs "
+                f"{'equal' if found['equal_outputs'] else 'DIFFER'}, {time.perf_counter() - began:.0f} s"
+            )
+        faulthandler.cancel_dump_traceback_later()
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _listed(values: list[float]) -> str:
+    return "/".join(f"{value:.3f}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,58 @@
+"""Pairs of loops, in small on the CPU: both loops of each compute the same, and all that is promised is written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from calibration.pairs.catalogue import PAIRS
+from calibration.pairs.lab import Lab
+from calibration.pairs.loop import Pair
+from calibration.pairs.measure import measure, same
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+def test_both_loops_compute_the_same(pair: Pair) -> None:
+    sync, twin = pair.sync(Lab("cpu")), pair.twin(Lab("cpu"))
+    for loop in (sync, twin):
+        for step in range(7):
+            loop.step(step)
+            if step == 3:  # in the middle, as between two turns
+                loop.finish()
+        loop.finish()
+    assert len(sync.outputs) == 7
+    assert same(sync.outputs, twin.outputs)
+    assert len({str(output) for output in sync.outputs}) > 1  # they depend on the inputs
+
+
+def test_the_catalogue_is_varied() -> None:
+    assert len({pair.name for pair in PAIRS}) == len(PAIRS) >= 14
+    assert sum(pair.outlook == "nothing" for pair in PAIRS) >= 5
+    assert {pair.annotation for pair in PAIRS} == {"steps", "own", "none", "record"}
+
+
+@pytest.mark.parametrize("name", ["fields", "careful", "decode_eager", "images"])  # one for each way to mark steps
+def test_a_pair_leaves_figures_and_two_traces(tmp_path: Path, name: str) -> None:
+    (pair,) = (pair for pair in PAIRS if pair.name == name)
+    found = measure(pair, "cpu", tmp_path, rounds=2, steps=3, turn_ms=1)
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == found
+    assert found["equal_outputs"] and len(found["sync_step_ms"]) == len(found["async_step_ms"]) == 2
+    assert found["sync_p10_ms"] <= max(found["sync_step_ms"]) and min(found["sync_step_ms"]) <= found["sync_p90_ms"]
+    for way in ("sync", "async"):
+        trace = json.loads(gzip.decompress((tmp_path / f"{name}_{way}.trace.json.gz").read_bytes()))
+        marks = [e["name"] for e in trace["traceEvents"] if e.get("cat") == "user_annotation"]
+        steps = [mark for mark in marks if mark.startswith(("ProfilerStep#", "serve_step"))]
+        assert len(steps) == (0 if pair.annotation == "none" else 10)
+        assert ("batchsim" in trace) == (pair.annotation == "record")
+        assert ("prepare" in marks) == (pair.annotation in ("own", "record"))
+
+
+@pytest.mark.parametrize(("a", "b", "equal"), [
+    (1.0, 1.0 + 1e-7, True), (1.0, 1.01, False), (float("nan"), float("nan"), False),
+    ([1, 2], [1, 2], True), ([1, 2], [1], False), ((1.0, 3), (1.0, 4), False),
+])  # fmt: skip
+def test_outputs_are_compared_in_depth(a: object, b: object, equal: bool) -> None:
+    assert same(a, b) is equal
