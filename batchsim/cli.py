@@ -26,6 +26,7 @@ from batchsim.command import (
     tell,
 )
 from batchsim.errors import InputError, shown
+from batchsim.learn_commands import register
 
 if TYPE_CHECKING:
     from batchsim.command import Tell
@@ -377,6 +378,9 @@ def _tune(
         return found, tuning
     wanted = "dynamic or training: the page of `batchsim run --out` shows what a serving loop does at other loads"
     raise InputError(None, "kind", scenario.kind, wanted)
+
+
+register(app)
 
 
 @app.command()

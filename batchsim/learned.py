@@ -1,8 +1,8 @@
 """A profile learned from a profiler trace: the steps of somebody's loop, as operations of a host and of streams.
 
 An operation takes its host time, in the order of the list; what it puts on a stream runs there in order. Times are as
-traced, nanoseconds: what the profiler added is told by `events`, the number of events that it recorded meanwhile, and is
-taken out by whoever replays them.
+traced, nanoseconds: what the profiler added is told by `events`, the number of events that it recorded meanwhile, and
+is taken out by whoever replays them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from batchsim.profile import Measured, parsed
 from batchsim.shipped import read_profile
 
-SCHEMA_VERSION = 1
+
+Direction = Literal["h2d", "d2h", "d2d"]
 
 
 class Work(Measured):
@@ -58,7 +59,7 @@ class Copy(Measured):
     op: Literal["copy"] = "copy"
     phase: str
     stream: NonNegativeInt
-    direction: Literal["h2d", "d2h", "d2d"]
+    direction: Direction
     bytes: NonNegativeInt
     pinned: bool
     waits: bool
@@ -128,7 +129,7 @@ class LearnedProfile(Measured):
     `phases_ms` are untraced host times of phases, without their waits.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     kind: Literal["learned"] = "learned"
     source: str
     device: str
@@ -142,6 +143,8 @@ class LearnedProfile(Measured):
     dense: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of the kernels' time in dense matrix products, which draw so much power that they lower the clocks."""
     chains: list[list[MatrixProduct]] = Field([])
+    attention: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the kernels' time in attention, which takes longer as sequences grow."""
     notes: list[str] = Field([])
     provenance: dict[str, Any]
     steps: list[Step] = Field(min_length=1)
@@ -158,5 +161,7 @@ def load_learned(file: Path) -> LearnedProfile:
     Raises:
         InputError: it is not one.
     """
-    text, source = read_profile(str(file), Path(), ".", what="learned profile", wanted="a file that `batchsim learn` wrote")
+    text, source = read_profile(
+        str(file), Path(), ".", what="learned profile", wanted="a file that `batchsim learn` wrote"
+    )
     return parsed(LearnedProfile, text, source)

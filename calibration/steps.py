@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -15,7 +16,7 @@ from calibration.kineto import KINDS, Trace
 MIN_STEPS = 4  # The first and the last of a trace are seldom whole.
 HOW = "`with calibration.record(FILE)` around the loop, or torch.profiler with ProfilerActivity.CPU and CUDA over 10 steps"
 RUNTIME, ANNOTATION = KINDS.index("runtime"), KINDS.index("annotation")
-DEVICE_KINDS = tuple(KINDS.index(kind) for kind in ("kernel", "memcpy", "memset"))
+ACTIVITIES = tuple(KINDS.index(kind) for kind in ("kernel", "memcpy", "memset"))
 
 # An iteration's number at the end of an annotation's name: ProfilerStep#12, step 12, iter_12.
 _NUMBER = re.compile(r"[#_ :\-]*\d+$")
@@ -44,7 +45,7 @@ def launches_of(trace: Trace) -> NDArray[np.int64]:
     Raises:
         InputError: there are none, or they went to several devices.
     """
-    on_device = np.flatnonzero(np.isin(trace.kind, DEVICE_KINDS))
+    on_device = np.flatnonzero(np.isin(trace.kind, ACTIVITIES))
     if not on_device.size:
         refuse(trace, "no kernels and no copies of a device", f"a trace with the device's events: {HOW}")
     devices = sorted({trace.streams[lane][0] for lane in np.unique(trace.lane[on_device])})
@@ -115,7 +116,7 @@ def _periodic(trace: Trace, launches: NDArray[np.int64]) -> Steps:
         usual = int(np.median(distances))
         alike = [
             np.array_equal(tokens[a : a + usual], tokens[b : b + usual])
-            for a, b in zip(places[:-1], places[1:], strict=True)
+            for a, b in pairwise(places)
             if b + usual <= len(tokens)
         ]
         if alike and np.mean(alike) >= _REGULAR and np.mean(distances == usual) >= _REGULAR:
@@ -129,7 +130,7 @@ def _periodic(trace: Trace, launches: NDArray[np.int64]) -> Steps:
 
 def _tokens(trace: Trace, launches: NDArray[np.int64]) -> NDArray[np.int64]:
     """What each launch put on the device, as a number: the name of its first activity, and the call's."""
-    activity = np.flatnonzero(np.isin(trace.kind, DEVICE_KINDS))
+    activity = np.flatnonzero(np.isin(trace.kind, ACTIVITIES))
     order = activity[np.argsort(trace.correlation[activity], kind="stable")]
     first = order[np.searchsorted(trace.correlation[order], trace.correlation[launches])]
     return trace.name[launches].astype(np.int64) * len(trace.names) + trace.name[first]

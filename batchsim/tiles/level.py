@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from batchsim.model import ModelShape
 from batchsim.tiles.graph import Chain
 from batchsim.tiles.policy import Policy, policies
 from batchsim.tiles.profile import LibraryCurve, TileProfile
-from batchsim.tiles.shapes import Tiling, gated_mlp
+from batchsim.tiles.shapes import Tiling, gated_mlp, mlp
 from batchsim.tiles.sm import simulate
 
 # The product of gate and up, the activation and the product down.
 LIBRARY_LAUNCHES = 3
 # The finer policies cost as much to simulate as these together, and were never the best for a gated MLP's shapes.
-POLICIES = ("RowSync",)
+POLICIES = {"gated_mlp": ("RowSync",), "mlp": None}
 # A tie is given to our kernels, for the launches that they save.
 TIE = 0.01
 # By how much the library's time may be off between the rows at which it was measured: it changes kernels there.
@@ -42,18 +43,94 @@ class Choice:
     library_ns: int
 
 
+class MlpShape(NamedTuple):
+    """(rows, hidden) -> (rows, inner) -> (rows, hidden): a gate and up product, or an up product alone, then down."""
+
+    kind: Literal["gated_mlp", "mlp"]
+    hidden: int
+    inner: int
+
+
+class Fastest(NamedTuple):
+    """The fastest of an MLP's tilings and policies, a launch's gap included; `in_order_ns`: that of StreamSync alone."""
+
+    time_ns: int
+    tilings: tuple[Tiling, Tiling]
+    policy: Policy
+    in_order_ns: int
+
+
+class MlpLevel:
+    """MLPs of one shape on a device, simulated once for each number of rows and remembered."""
+
+    def __init__(self, shape: MlpShape, profile: TileProfile) -> None:
+        self.shape, self.profile = shape, profile
+        self.library = self._curve()
+        self._fastest: dict[int, Fastest | None] = {}
+        self._choices: dict[int, Choice | None] = {}
+
+    def choice(self, rows: int) -> Choice | None:
+        """What an MLP of `rows` rows should run at; None: at the framework's own kernels, faster by more than TIE."""
+        if rows not in self._choices:
+            self._choices[rows] = self._choose(rows)
+        return self._choices[rows]
+
+    def fastest(self, rows: int) -> Fastest | None:
+        """The fastest of our own kernels for `rows` rows, whatever the framework's take; None: the device has none."""
+        if rows not in self._fastest:
+            self._fastest[rows] = self._simulated(rows)
+        return self._fastest[rows]
+
+    def chains(self, rows: int) -> Iterator[tuple[tuple[Tiling, Tiling], Chain]]:
+        """The tilings that are worth a try for so many rows, and the chain of each."""
+        kind, hidden, inner = self.shape
+        for first in self.profile.tilings_of("gated" if kind == "gated_mlp" else "gemm"):
+            for second in self.profile.tilings_of("gemm"):
+                chain = (gated_mlp if kind == "gated_mlp" else mlp)(rows, hidden, inner, first, second)
+                if self.profile.together((first, second)) and self.profile.suits(chain.kernels, rows):
+                    yield (first, second), chain
+
+    def _simulated(self, rows: int) -> Fastest | None:
+        costs, device = self.profile.costs, self.profile.device
+        best: tuple[int, tuple[Tiling, Tiling], Policy] | None = None
+        in_order: list[int] = []
+        for tilings, chain in self.chains(rows):
+            for policy in policies(chain, only=POLICIES[self.shape.kind]):
+                time_ns = round(simulate(policy, costs, device).total_ns + device.launch_gap_ns)
+                if best is None or time_ns < best[0]:
+                    best = time_ns, tilings, policy
+                if policy.barrier:
+                    in_order.append(time_ns)
+        return Fastest(*best, min(in_order)) if best is not None else None
+
+    def _choose(self, rows: int) -> Choice | None:
+        if self.library is None:
+            return None
+        library_ns = round(self.library.at(rows))
+        best = self.fastest(rows)
+        doubt = 0.0 if rows in self.library.rows else BETWEEN
+        if best is None or best.time_ns >= library_ns * (1 + TIE - doubt):
+            return None
+        return Choice(best.tilings, best.policy, best.time_ns, library_ns)
+
+    def _curve(self) -> LibraryCurve | None:
+        for curve in self.profile.library:
+            if (curve.chain, curve.hidden, curve.inner) == self.shape:
+                return curve
+        return None
+
+
 class TileLevel:
-    """A decoder's gated MLPs on a device, simulated once for each number of rows and remembered."""
+    """A decoder's gated MLPs on a device."""
 
     def __init__(self, shape: ModelShape, profile: TileProfile) -> None:
         self.shape, self.profile = shape, profile
-        self._library = self._curve()
-        self._choices: dict[int, Choice | None] = {}
+        self._mlp = MlpLevel(MlpShape("gated_mlp", shape.hidden_size, shape.intermediate_size), profile)
 
     @property
     def known(self) -> bool:
         """Whether the profile holds the library's times for this model's MLP."""
-        return self._library is not None
+        return self._mlp.library is not None
 
     def saved(self, rows: int) -> Saved:
         """What a forward of `rows` rows saves."""
@@ -65,37 +142,4 @@ class TileLevel:
 
     def choice(self, rows: int) -> Choice | None:
         """What the MLP of `rows` rows should run at; None: at the framework's own kernels, faster by more than TIE."""
-        if rows not in self._choices:
-            self._choices[rows] = self._choose(rows)
-        return self._choices[rows]
-
-    def _choose(self, rows: int) -> Choice | None:
-        if self._library is None:
-            return None
-        library_ns = round(self._library.at(rows))
-        costs, device = self.profile.costs, self.profile.device
-        best: tuple[int, tuple[Tiling, Tiling], Policy] | None = None
-        for first in self.profile.tilings_of("gated"):
-            for second in self.profile.tilings_of("gemm"):
-                chain = self._chain(rows, first, second)
-                if not (self.profile.together((first, second)) and self.profile.suits(chain.kernels, rows)):
-                    continue
-                for policy in policies(chain, only=POLICIES):
-                    time_ns = round(simulate(policy, costs, device).total_ns + device.launch_gap_ns)
-                    if best is None or time_ns < best[0]:
-                        best = time_ns, (first, second), policy
-        doubt = 0.0 if rows in self._library.rows else BETWEEN
-        if best is None or best[0] >= library_ns * (1 + TIE - doubt):
-            return None
-        time_ns, tilings, policy = best
-        return Choice(tilings, policy, time_ns, library_ns)
-
-    def _chain(self, rows: int, first: Tiling, second: Tiling) -> Chain:
-        return gated_mlp(rows, self.shape.hidden_size, self.shape.intermediate_size, first, second)
-
-    def _curve(self) -> LibraryCurve | None:
-        wanted = "gated_mlp", self.shape.hidden_size, self.shape.intermediate_size
-        for curve in self.profile.library:
-            if (curve.chain, curve.hidden, curve.inner) == wanted:
-                return curve
-        return None
+        return self._mlp.choice(rows)

@@ -1,4 +1,5 @@
-"""What a loop would do under other schedules, on another host, with or without graphs: the answer to `batchsim whatif`."""
+"""What a loop would do under other schedules, on another host, with or without graphs: the answer to `batchsim
+whatif`."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from batchsim.whatif.replay import Array, Moment, Scales, replay
 from batchsim.whatif.variants import asynchronous, is_overlapped, plain, synchronous
 
 SCHEMA_VERSION = 1
-# What no prior covers, standard deviation of the logarithm: fitted on the residuals of `calibration/validation/learn/fit`.
+# What no prior covers, standard deviation of the logarithm: fitted on the residuals of
+# `calibration/validation/learn/fit`.
 RESIDUAL = 0.025
 # The loop as it is has been timed; its step varies by about this much from one run to the next.
 AS_IS = 0.01
@@ -32,9 +34,9 @@ Steps = Sequence[Sequence[Operation]]
 class Prediction:
     """A schedule's step, milliseconds: the median, and an interval that holds it in 9 of 10 cases.
 
-    `throughput_gain` is over the loop as it is, 0.1 for a tenth more steps a second. `device_busy_fraction` is the share
-    of the step in which kernels or graphs are under way, from a forward's first kernel to its last. `host_ms` the host's
-    own work in a step, waits left out; `exposed_ms` of it, by phase, what the device idles through.
+    `throughput_gain` is over the loop as it is, 0.1 for a tenth more steps a second. `device_busy_fraction` is the
+    share of the step in which kernels or graphs are under way, from a forward's first kernel to its last. `host_ms`
+    the host's own work in a step, waits left out; `exposed_ms` of it, by phase, what the device idles through.
     """
 
     step_ms: float
@@ -88,8 +90,8 @@ def whatif(
 ) -> Answer:
     """Predict the loop of `profile` under other schedules.
 
-    `steady_step_ms` is its untraced step; without it that of the profile, and without that one the step is predicted from
-    the trace alone, with wider intervals.
+    `steady_step_ms` is its untraced step; without it that of the profile, and without that one the step is predicted
+    from the trace alone, with wider intervals.
     """
     from batchsim.whatif.sentences import sentences
 
@@ -97,11 +99,11 @@ def whatif(
     steps, known = fixed(plain(profile.steps), profile.phases_ms)
     traced_ns = sum(step.traced_ns for step in profile.steps) / len(profile.steps)
     loop = Loop(steps, profile.launch_ns, profile.dense, traced_ns)
-    scales, conflict = prior(known), 0.0
+    scales, conflict = prior(profile.attention, known), 0.0
     if steady is not None:
         scales, conflict = informed(scales, loop, steady * 1e6)
     as_is = "async" if is_overlapped(steps) else "sync"
-    variants, refused = _variants(steps, profile)
+    variants, refused = _variants(steps)
     asked = _Asked(loop, scales, steady)
     now_ns = asked.step_ns(steps)
     schedules: dict[str, Prediction] = {}
@@ -113,7 +115,7 @@ def whatif(
     return replace(answer, sentences=tuple(sentences(answer)))
 
 
-def _variants(steps: Steps, profile: LearnedProfile) -> tuple[dict[str, tuple[Steps, float]], dict[str, str]]:
+def _variants(steps: Steps) -> tuple[dict[str, tuple[Steps, float]], dict[str, str]]:
     """Steps and the host's speed of each schedule, and why others are not predicted."""
     both = {"sync": synchronous(steps), "async": asynchronous(steps)}
     made: dict[str, tuple[Steps, float]] = {name: (changed, 1.0) for name, changed in both.items()}

@@ -1,10 +1,10 @@
 """What is known of a traced loop's true times, as draws.
 
 A trace is off in three ways: the host is slower by every event that the profiler records, the host's speed was another
-when the loop ran without a profiler, and the device's time may be another too (longer contexts, clocks, gaps that tracing
-makes between a graph's nodes). Each has a prior, fitted on traces with a known step time (`calibration/validation/learn`).
-Where the untraced step time is known, the host's scale is solved for so that the replayed step equals it, draw by draw, and
-a draw counts as much as that scale is plausible.
+when the loop ran without a profiler, and the device's time may be another too (longer contexts, clocks, gaps that
+tracing makes between a graph's nodes). Each has a prior, fitted on traces with a known step time
+(`calibration/validation/learn`). Where the untraced step time is known, the host's scale is solved for so that the
+replayed step equals it, draw by draw, and a draw counts as much as that scale is plausible.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from batchsim.whatif.replay import replay as replayed
 DRAWS = 256
 # Priors: the median, and the standard deviation of the logarithm.
 HOST = (1.0, 0.25)
-EVENT_NS = (2_000.0, 0.35)
+EVENT_NS = (1_300.0, 0.45)
 NODE_NS = (20.0, 0.5)
 DEVICE = (1.0, 0.02)
 GAP_NS = (80.0, 0.5)
 ADDED = (1.0, 0.5)
 # The host's scale has a heavy tail, degrees of freedom: a shared host may be three times as slow as a moment before.
 TAIL = 3.0
-# The untraced steps may come later than the traced ones, with longer contexts: half of the draws have the device take
-# longer, by half a normal of this standard deviation.
-LATER = 0.04
+# The untraced steps may come later than the traced ones, with longer contexts: in half of the draws the device takes
+# longer, by half a normal of this standard deviation, the share of attention in its time in proportion.
+LATER, LATER_ATTENTION = 0.02, 1.2
 # Dense matrix products take longer on a device that is always busy than on one that rests: the power limit lowers the
 # clocks. Mean and standard deviation; from `RESTING` of the time on they are as fast as they get.
 THROTTLE = (0.05, 0.04)
@@ -60,10 +60,12 @@ class Loop:
         return total / len(self.steps)
 
 
-def prior(known: frozenset[str] = frozenset()) -> Scales:
+def prior(attention: float = 0.0, known: frozenset[str] = frozenset()) -> Scales:
     """Draws before the untraced step time is known."""
     seed = np.random.SeedSequence(0, spawn_key=(crc32(b"whatif"),))
     normal = norm.ppf(np.clip(qmc.Sobol(8, seed=np.random.default_rng(seed)).random(DRAWS), 1e-6, 1 - 1e-6)).T
+
+    later = LATER + LATER_ATTENTION * attention
 
     def lognormal(draws: Array, median: float, sd: float) -> Array:
         return median * np.exp(sd * draws)
@@ -72,7 +74,7 @@ def prior(known: frozenset[str] = frozenset()) -> Scales:
         host=lognormal(normal[0], *HOST),
         event_ns=lognormal(normal[1], *EVENT_NS),
         node_ns=lognormal(normal[2], *NODE_NS),
-        device=lognormal(normal[3], *DEVICE) * np.exp(LATER * np.maximum(normal[6], 0)),
+        device=lognormal(normal[3], *DEVICE) * np.exp(later * np.maximum(normal[6], 0)),
         gap_ns=lognormal(normal[4], *GAP_NS),
         added=lognormal(normal[5], *ADDED),
         throttle=np.maximum(THROTTLE[0] + THROTTLE[1] * normal[7], 0),
@@ -94,8 +96,8 @@ def informed(scales: Scales, loop: Loop, step_ns: float) -> tuple[Scales, float]
 def _solved(scales: Scales, loop: Loop, step_ns: float) -> tuple[Array, Array]:
     """The host's scale at which the replayed step is `step_ns`, and how far it is off where none is; for each draw.
 
-    A step grows with the host's scale, piecewise linearly, so that the secant of the two ends finds it in a few rounds; the
-    end that stays is weighed down (the Illinois rule).
+    A step grows with the host's scale, piecewise linearly, so that the secant of the two ends finds it in a few
+    rounds; the end that stays is weighed down (the Illinois rule).
     """
 
     def off_at(host: Array) -> Array:

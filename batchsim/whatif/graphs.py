@@ -11,8 +11,8 @@ from batchsim.learned import Copy, Kernels, Operation, Wait, Work
 LAUNCHING_NS = 200_000
 # A kernel's gap before the next in a graph is this much shorter than on a stream that the host feeds.
 SAVED_GAP_NS = 500
-# Host time of one launch by a framework, where a trace shows none: an operator, its allocation and the call; nanoseconds.
-# Measured on transformers' decoders, 16,000 to 20,000; on bare torch modules 6,000 to 12,000.
+# Host time of one launch by a framework, where a trace shows none: an operator, its allocation and the call;
+# nanoseconds. Measured on transformers' decoders, 16,000 to 20,000; on bare torch modules 6,000 to 12,000.
 LAUNCH_HOST_NS = 12_000
 MIN_KERNELS = 8
 
@@ -49,7 +49,8 @@ def _captured(step: list[Operation]) -> list[Operation] | None:
 
 
 def _longest_run(step: Sequence[Operation]) -> tuple[int, int]:
-    """The first and the last operation of the run with most kernels: launches, little host work, copies on the device."""
+    """The first and the last operation of the run with most kernels: launches, little host work, copies on the
+    device."""
     best, most = (0, -1), 0
     first, count, last = 0, 0, -1
     for i, operation in enumerate(step):
@@ -100,6 +101,4 @@ def _replaced(step: list[Operation], first: int, last: int, by: list[Operation])
         return first if first <= target <= last else target + shift if target > last else target
 
     made = [*step[:first], *by, *step[last + 1 :]]
-    return [
-        o.model_copy(update={"target": at(o.target)}) if isinstance(o, Wait) else o for o in made
-    ]
+    return [o.model_copy(update={"target": at(o.target)}) if isinstance(o, Wait) else o for o in made]

@@ -30,9 +30,9 @@ class Scales:
 
     Host time of an operation: `host` x (traced - `event_ns` x events); of a graph's launch, which a profiler makes many
     times as long, `host` x (`GRAPH_CALL_NS` + `node_ns` x nodes); of what a schedule adds, `host` x `added` x what is
-    assumed. Times of phases in `known` are untraced ones and stay. All are divided by `host_speed`. Device time: `device` x
-    (traced - `gap_ns` x nodes of a graph). `throttle`: how much longer dense matrix products take on a device that never
-    rests than on one that does.
+    assumed. Times of phases in `known` are untraced ones and stay. All are divided by `host_speed`. Device time:
+    `device` x (traced - `gap_ns` x nodes of a graph). `throttle`: how much longer dense matrix products take on a
+    device that never rests than on one that does.
     """
 
     host: Array
@@ -48,9 +48,9 @@ class Scales:
     def host_of(self, phase: str, ns: float | Array, events: int | Array) -> Array:
         traced = np.asarray(ns, float)[..., None]
         if phase in self.known:
-            return traced / self.host_speed * np.ones_like(self.host)
+            return np.asarray(np.ones_like(self.host) / self.host_speed * traced)
         if phase == ADDED:
-            return self.host * self.added / self.host_speed * traced
+            return np.asarray(self.host * self.added / self.host_speed * traced)
         net = traced - self.event_ns * np.asarray(events, float)[..., None]
         return self.host / self.host_speed * np.maximum(net, FLOOR * traced)
 
@@ -77,8 +77,8 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Replayed:
-    """`step_ns`: a step; `busy`: the share of it in which kernels or graphs were under way; `host_ns`: what the host worked
-    in it, waits left out; arrays with an entry a draw. `moments` of one draw, where asked for."""
+    """`step_ns`: a step; `busy`: the share of it in which kernels or graphs were under way; `host_ns`: what the host
+    worked in it, waits left out; arrays with an entry a draw. `moments` of one draw, where asked for."""
 
     step_ns: Array
     busy: Array

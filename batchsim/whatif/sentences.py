@@ -22,13 +22,13 @@ def sentences(answer: Answer) -> Iterator[str]:
     yield from _host(answer)
     if answer.steady_step_ms is None:
         yield (
-            "The untraced step time is not known (--steady-step-ms): the profiler's share was estimated, and the intervals "
-            "are wider for it."
+            "The untraced step time is not known (--steady-step-ms): the profiler's share was estimated, and the "
+            "intervals are wider for it."
         )
     elif abs(answer.conflict) > CONFLICT:
         yield (
-            f"The trace and the untraced step of {answer.steady_step_ms:.4g} ms do not go together: the device alone took "
-            f"{-answer.conflict:+.0%} of it in the trace; were they of the same batch, model and clocks?"
+            f"The trace and the untraced step of {answer.steady_step_ms:.4g} ms do not go together: a replay of the "
+            f"trace stays {answer.conflict:+.0%} off it; were they of the same batch, model and clocks?"
         )
 
 
@@ -63,8 +63,8 @@ def _overlap(answer: Answer) -> Iterator[str]:
     added = "its events, buffers, copies and the kernels that feed results back"
     if other.throughput_gain < -NOTHING:
         yield (
-            f"Async would lose: the host works {now.host_ms:.4g} of {now.step_ms:.4g} ms a step, so there is hardly any wait "
-            f"to use, and {added} come on top: {change}."
+            f"Async would lose: the host works {now.host_ms:.4g} of {now.step_ms:.4g} ms a step, so there is hardly any "
+            f"wait to use, and {added} come on top: {change}."
         )
     elif other.throughput_gain <= NOTHING:
         why = "the host" if now.host_ms > 0.9 * now.step_ms else "the device"
@@ -74,8 +74,8 @@ def _overlap(answer: Answer) -> Iterator[str]:
         hidden = "hides all of it" if rest < LARGE * other.step_ms else f"leaves {rest:.2g} ms of host work exposed"
         yield f"Async {hidden}: {change}; then the {_bounded(other)}."
     yield (
-        "That takes that the next step can be prepared without the results of the one in flight (what it needs of them is "
-        "carried over on the device)."
+        "That takes that the next step can be prepared without the results of the one in flight (what it needs of "
+        "them is carried over on the device)."
     )
 
 
@@ -94,9 +94,8 @@ def _graphs(answer: Answer) -> Iterator[str]:
         if changed is not None:
             other = answer.schedules[f"{'sync' if answer.as_is == 'async' else 'async'}_{name}"]
             other_name = "sync" if answer.as_is == "async" else "async"
-            yield (
-                f"{what}: {now.step_ms:.4g} -> {_ms(changed)}, {changed.throughput_gain:+.0%}; {other_name} {_ms(other)}."
-            )
+            gain = f"{changed.throughput_gain:+.0%}"
+            yield f"{what}: {now.step_ms:.4g} -> {_ms(changed)}, {gain}; {other_name} {_ms(other)}."
 
 
 def _host(answer: Answer) -> Iterator[str]:

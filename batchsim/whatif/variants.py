@@ -1,8 +1,9 @@
 """The same step under another schedule: what of it goes, what comes, and what waits for what.
 
 Asynchronous batching is what an engineer would make of the loop: inputs are written into pinned memory and copied
-without blocking on a stream of their own, results are copied out on another as soon as they are there, and the host reads
-those of a step when it has launched the next one. What the host reads midway, to decide what to launch, stays where it is.
+without blocking on a stream of their own, results are copied out on another as soon as they are there, and the host
+reads those of a step when it has launched the next one. What the host reads midway, to decide what to launch, stays
+where it is.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from batchsim.learned import Copy, Kernels, Operation, Step, StreamWait, Wait, Work
+from batchsim.learned import Copy, Direction, Kernels, Operation, Step, StreamWait, Wait, Work
 from batchsim.whatif.replay import ADDED
 
 # Streams that the asynchronous schedule adds.
 COPY_IN, COPY_OUT = 1001, 1002
 SMALL_BYTES = 65_536  # Up to here a blocking copy is an input among others, and goes with the others in one copy.
 PINNED_BYTES_PER_NS = 50.0  # A copy from pinned memory over PCIe 5 x16; measured in calibration/profiles (copies).
-# Host time that the asynchronous schedule adds to a step, nanoseconds: two pairs of buffers in turn, three events recorded
-# and two waited for on streams, copies issued.
+# Host time that the asynchronous schedule adds to a step, nanoseconds: two pairs of buffers in turn, three events
+# recorded and two waited for on streams, copies issued.
 MACHINERY_NS = 60_000
 COPY_CALL_NS = 8_000
-# Kernels that carry a step's results over to the inputs of the next, on the device: transformers launches 8. In a graph they
-# are nodes more; launched one by one they cost the host what its other launches do.
+# Kernels that carry a step's results over to the inputs of the next, on the device: transformers launches 8. In a
+# graph they are nodes more; launched one by one they cost the host what its other launches do.
 FEEDBACK_KERNELS, FEEDBACK_NS = 8, 2_000
 # Launching kernel by kernel takes this much longer while copies and other streams are under way.
-BUSY_LAUNCH = 1.015
+BUSY_LAUNCH = 1.02
 
 Steps = list[list[Operation]]
 
@@ -96,7 +97,11 @@ def _deferred(step: list[Operation]) -> list[Operation]:
         elif operation.direction == "d2h" and (i < first or any(_awaits(step[w], i) for w in finals)):
             results.append(operation)
             gone.add(i)
-    gone |= {i for i, operation in enumerate(step) if isinstance(operation, Wait) and operation.lag == 0 and operation.target in gone}
+    gone |= {
+        i
+        for i, operation in enumerate(step)
+        if isinstance(operation, Wait) and operation.lag == 0 and operation.target in gone
+    }
     made: list[Operation] = []
     place: dict[int, int] = {}
     sent = not inputs
@@ -173,11 +178,19 @@ def _kernel_streams(step: Sequence[Operation]) -> list[int]:
 
 
 def _ordered(streams: Sequence[int], on: Sequence[int]) -> list[Operation]:
-    return [
-        StreamWait(phase=ADDED, stream=stream, on=other, host_ns=0, events=0) for stream in streams for other in on
-    ]
+    return [StreamWait(phase=ADDED, stream=stream, on=other, host_ns=0, events=0) for stream in streams for other in on]
 
 
-def _pinned(direction: str, bytes_: int, stream: int) -> Copy:
+def _pinned(direction: Direction, bytes_: int, stream: int) -> Copy:
     device_ns = 2_000 + round(bytes_ / PINNED_BYTES_PER_NS)
-    return Copy(phase=ADDED, stream=stream, direction=direction, bytes=bytes_, pinned=True, waits=False, host_ns=COPY_CALL_NS, events=0, device_ns=device_ns)  # type: ignore[arg-type]
+    return Copy(
+        phase=ADDED,
+        stream=stream,
+        direction=direction,
+        bytes=bytes_,
+        pinned=True,
+        waits=False,
+        host_ns=COPY_CALL_NS,
+        events=0,
+        device_ns=device_ns,
+    )  # type: ignore[arg-type]

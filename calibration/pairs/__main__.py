@@ -1,4 +1,4 @@
-"""Measure pairs of loops: python -m calibration.pairs run --out DIR [--only NAME] [--rounds N]"""
+"""Measure pairs of loops: python -m calibration.pairs run --out DIR [--set fit|test] [--only NAME] [--rounds N]"""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Annotated
 import torch
 import typer
 
+from batchsim.command import outcome
 from batchsim.errors import InputError
 from batchsim.files import write_text
 from calibration.device import prepare
-from calibration.pairs.catalogue import PAIRS
+from calibration.pairs.catalogue import PAIRS, SETS
 from calibration.pairs.measure import measure, usable
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -25,21 +26,26 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def names() -> None:
     """List the pairs."""
-    for pair in PAIRS:
-        typer.echo(f"{pair.name:16} {pair.outlook:8} {pair.description}")
+    for name, pairs in SETS.items():
+        for pair in pairs:
+            typer.echo(f"{name:5} {pair.name:16} {pair.outlook:8} {pair.description}")
 
 
 @app.command()
+@outcome()
 def run(
     out: Annotated[Path, typer.Option(help="The folder to write to; pairs that are in it already are left out.")],
     only: Annotated[list[str] | None, typer.Option(help="Only this pair; may be repeated.")] = None,
+    chosen: Annotated[str | None, typer.Option("--set", help="Only this set: fit or test.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often the two loops take turns.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of a turn.")] = 60,
     limit: Annotated[int, typer.Option(min=1, help="Seconds after which a pair is given up, and the process.")] = 60,
     device: Annotated[str, typer.Option(help="cuda, or cpu for a trial in small.")] = "cuda",
 ) -> None:
     """Measure each pair in turn; one that fails leaves NAME.failed.txt and is not tried again."""
-    known = {pair.name: pair for pair in PAIRS}
+    if chosen is not None and chosen not in SETS:
+        raise InputError("--set", "", f"the unknown set {chosen}", f"one of {', '.join(SETS)}")
+    known = {pair.name: pair for pair in (PAIRS if chosen is None else SETS[chosen])}
     if unknown := set(only or ()) - known.keys():
         raise InputError("--only", "", f"the unknown pair {min(unknown)}", f"one of {', '.join(known)}")
     prepare(device, "measure pairs of loops")

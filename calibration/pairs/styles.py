@@ -139,5 +139,3 @@ class PinnedPieces(Loop):
             self.lab.synchronize()
         with self.phase("use"):
             self.outputs.append(self.parts.use(*(result.numpy() for result in self.results)))
-
-

@@ -1,0 +1,111 @@
+"""How the answer to `batchsim whatif` is put: names of schedules and phases, headline, and how its numbers came about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchsim.learned import LearnedProfile
+from batchsim.whatif.answer import NOTHING, Answer, Prediction
+from batchsim.whatif.replay import ADDED
+from batchsim.whatif.traced import replay_error, traced_ms
+
+NO_PHASE = "host"
+BY_TURNS = "host and device by turns"
+
+DEFINITIONS = {
+    "step": "from one step's start to the next one's, in the steady state and without a profiler; the median",
+    "90% interval": "holds the step in 9 of 10 cases: 5th to 95th percentile over all that the trace leaves open",
+    "gain": "steps a second over those of the loop as it is, which is marked",
+    "device busy": "share of a step in which kernels or graphs are under way, from a forward's first kernel to its last",
+    "host": "the host's own work in a step, waits left out",
+    "bound by": "which of the two is hardly ever idle; by turns: each waits for the other",
+}
+
+
+def headline(answer: Answer) -> str:
+    """What overlapping gives, or gave, in a sentence."""
+    now = answer.schedules[answer.as_is]
+    other_name = "sync" if answer.as_is == "async" else "async"
+    other = answer.schedules.get(other_name)
+    if other is None:
+        return f"As it is ({answer.as_is}), a step takes {now.step_ms:.4g} ms."
+    low, high = other.step_ms_interval
+    change = f"{now.step_ms:.4g} \N{RIGHTWARDS ARROW} {other.step_ms:.4g} ms a step ({low:.4g} to {high:.4g})"
+    gain = other.throughput_gain
+    if answer.as_is == "async":
+        return f"The loop is asynchronous already; sync would take {change}, {gain:+.1%} throughput."
+    if abs(gain) <= NOTHING:
+        return f"Async gives next to nothing: {change}."
+    return f"Async {'is faster' if gain > 0 else 'loses'}: {change}, {gain:+.1%} throughput."
+
+
+def in_order(answer: Answer) -> dict[str, Prediction]:
+    """All predictions, the loop as it is first."""
+    return {answer.as_is: answer.schedules[answer.as_is]} | answer.schedules
+
+
+def phase_label(phase: str) -> str:
+    """A phase as it is shown."""
+    return {NO_PHASE: "outside phases", ADDED: "added by the schedule", "feedback": "feeds results back"}.get(
+        phase, phase
+    )
+
+
+def how(answer: Answer) -> Iterator[tuple[str, str]]:
+    """How the numbers came about: what, and a sentence or two on it."""
+    profile = answer.profile
+    kept = f"; {len(profile.steps)} of them are replayed" if len(profile.steps) < profile.steps_in_trace else ""
+    yield "steps", f"{profile.steps_in_trace} in the trace, found by {profile.found_by}{kept}."
+    yield "replay", (
+        f"At its traced times, the replay of a step is {replay_error(profile):+.1%} off the {traced_ms(profile):.4g} ms "
+        "that it took in the trace: that is how well the dependences were understood."
+    )
+    yield "profiler", _profiler(answer)
+    if profile.phases_ms:
+        total = sum(profile.phases_ms.values())
+        named = ", ".join(f"{phase_label(phase)} {ms:.3g}" for phase, ms in profile.phases_ms.items())
+        yield "host timers", f"Untraced times of phases replace the traced ones, {total:.3g} ms a step in all: {named}."
+    yield "interval", (
+        "Open are the host's true speed, the cost of each event that the profiler recorded, the gaps that tracing makes "
+        "in graphs, clocks and contexts of the device when it is busier, and the cost of what a schedule adds. Each was "
+        "drawn from what other traces showed, and every draw replayed; what no draw covers is added."
+    )
+    yield "async", (
+        "Inputs are prepared in pinned memory and copied on a stream of their own, small ones in one copy; results are "
+        "copied out on another and read one step later; what the next step needs of them is carried over on the device. "
+        "What the host reads midway, to decide what to launch, stays where it is."
+    )
+    if any("graphs" in name for name in answer.schedules):
+        yield "graphs", (
+            "With graphs, the longest run of launches becomes one; without, each node is launched at what a framework's "
+            "launch costs the host."
+        )
+    if any("host_x" in name for name in answer.schedules):
+        yield "host x0.5, x2", "All of the host's own work, launches included, takes twice or half as long."
+    for schedule, reason in answer.refused.items():
+        yield f"no {schedule}", f"{reason}."
+
+
+def _profiler(answer: Answer) -> str:
+    traced = traced_ms(answer.profile)
+    if answer.steady_step_ms is None:
+        return (
+            f"A traced step took {traced:.4g} ms. The untraced one was not given (--steady-step-ms): the profiler's share "
+            "was estimated from the number of events, which makes the intervals wider."
+        )
+    removed = traced - answer.steady_step_ms
+    if removed <= 0:
+        return (
+            f"A traced step took {traced:.4g} ms, no longer than the {answer.steady_step_ms:.4g} ms that it takes "
+            "without a profiler."
+        )
+    return (
+        f"A traced step took {traced:.4g} ms, {removed:.3g} ms more than without a profiler "
+        f"({answer.steady_step_ms:.4g} ms): so much was taken out, from the host's work by the events recorded in it, and "
+        "from graphs by their nodes."
+    )
+
+
+def found_in(profile: LearnedProfile) -> str:
+    """Where the profile is from, in a line."""
+    return f"{profile.steps_in_trace} steps found by {profile.found_by}, on {profile.device}"

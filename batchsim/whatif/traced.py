@@ -1,0 +1,29 @@
+"""A learned loop as it was traced: its steps replayed at their traced times, with all that the profiler added."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from batchsim.learned import LearnedProfile
+from batchsim.whatif.replay import Replayed, Scales, replay
+
+
+def replay_traced(profile: LearnedProfile) -> Replayed:
+    """The traced steps replayed, with one draw and all of its moments."""
+    one, none = np.ones(1), np.zeros(1)
+    scales = Scales(
+        host=one, event_ns=none, node_ns=none, device=one, gap_ns=none, added=one, throttle=none,
+        known=frozenset(profile.phases),
+    )  # fmt: skip
+    steps = [step.operations for step in profile.steps]
+    return replay(steps, scales, profile.launch_ns, moments_of=0)
+
+
+def traced_ms(profile: LearnedProfile) -> float:
+    """The mean traced step."""
+    return sum(step.traced_ns for step in profile.steps) / len(profile.steps) / 1e6
+
+
+def replay_error(profile: LearnedProfile) -> float:
+    """How far the replay of the traced times is from the traced steps, signed, relatively."""
+    return float(replay_traced(profile).step_ns[0]) / 1e6 / traced_ms(profile) - 1
