@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +19,11 @@ if TYPE_CHECKING:
 _READ, _LEARNED = 0.7, 0.8
 _MAX_MS = 1e7  # Nearly three hours.
 _MIN_MS = 1e-4
+_CONFLICT = 0.5  # A replay that misses the untraced step by this much is of another loop.
 
 TraceFile = Annotated[
-    Path, typer.Argument(metavar="TRACE", help="A trace by torch.profiler, or by calibration.record.", show_default=False)
+    Path,
+    typer.Argument(metavar="TRACE", help="A trace by torch.profiler, or by calibration.record.", show_default=False),
 ]
 TraceOrProfile = Annotated[
     Path, typer.Argument(metavar="TRACE|PROFILE", help="A trace, or what `learn` made of one.", show_default=False)
@@ -53,7 +54,7 @@ def learn(
     """Learn a profile of any loop from a profiler trace of some of its steps."""
     with outcome():
         _check_step(steady_step_ms)
-        _check_file("--out", out)
+        _check_file("--out", out, trace)
         with progress_bar(f"learning {trace.name}") as progress:
             profile = _learned(trace, steady_step_ms, host_phases, progress)
         from batchsim.files import write_text
@@ -85,12 +86,13 @@ def whatif(
     """Predict what async, graphs or another host would give the loop of a trace, with a reason and an interval."""
     with outcome():
         _check_step(steady_step_ms)
-        _check_file("--html", html)
-        _check_file("--trace-out", trace_out)
+        _check_file("--html", html, file)
+        _check_file("--trace-out", trace_out, file)
         names = [name.strip() for name in trace_schedules.split(",")]
         with progress_bar(f"learning {file.name}") as progress:
             profile = _learned_or_loaded(file, steady_step_ms, host_phases, progress)
             answer = _answer(profile, steady_step_ms, progress)
+        _check_conflict(answer, "--steady-step-ms" if steady_step_ms is not None else str(file))
         _check_names(names, answer)
         if as_json:
             print_json(answer.to_json())
@@ -118,9 +120,20 @@ def _check_step(steady_step_ms: float | None) -> None:
         raise InputError("--steady-step-ms", "", shown(steady_step_ms), f"milliseconds from {_MIN_MS:g} to {_MAX_MS:g}")
 
 
-def _check_file(option: str, path: Path | None) -> None:
+def _check_file(option: str, path: Path | None, read: Path) -> None:
     if path is not None and path.is_dir():
         raise InputError(option, "", f"the folder {path}", "a file")
+    if path is not None and path.exists() and read.exists() and path.samefile(read):
+        raise InputError(option, "", f"the file {path} that is read", "another file")
+
+
+def _check_conflict(answer: Answer, place: str) -> None:
+    if answer.steady_step_ms is not None and abs(answer.conflict) > _CONFLICT:
+        nearest = answer.steady_step_ms * (1 + answer.conflict)
+        found = (
+            f"an untraced step of {answer.steady_step_ms:g} ms where the traced operations make one of {nearest:.4g} ms"
+        )
+        raise InputError(place, "", found, "the step time of the loop that was traced, in milliseconds")
 
 
 def _check_names(names: list[str], answer: Answer) -> None:
@@ -151,12 +164,17 @@ def _learned_or_loaded(
     from batchsim.learned import load_learned
 
     profile = load_learned(file)
+    _steady(str(file), "steady_step_ms", profile.steady_step_ms)
+    if steady_step_ms is not None:
+        profile = profile.model_copy(update={"steady_step_ms": steady_step_ms})
     if host_phases is None:
         return profile
     from batchsim.whatif.timers import by_name, known_phases
 
     recorded = profile.provenance.get("phases_within")
-    names = {key: value for key, value in recorded.items() if isinstance(value, str)} if isinstance(recorded, dict) else {}
+    names = (
+        {key: value for key, value in recorded.items() if isinstance(value, str)} if isinstance(recorded, dict) else {}
+    )
     parents = by_name(known_phases(profile, names)) | names
     return _with_timers(profile, str(host_phases), _timers(host_phases), parents)
 
@@ -186,7 +204,6 @@ def _learned(
 ) -> LearnedProfile:
     """The profile of a trace, with what is known of its untraced times."""
     timers = None if host_phases is None else _timers(host_phases)
-    from batchsim.whatif.traced import replay_error
     from calibration.kineto import read_trace
     from calibration.learn import learn as learned
     from calibration.phases_tree import parents_of
@@ -196,18 +213,15 @@ def _learned(
             progress(_READ * done / max(size, 1))
 
     trace = read_trace(file, progress=tell)
-    profile = learned(trace)
-    parents = parents_of(trace)
     recorded = trace.extra.get("batchsim")
     about: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    known_ms = steady_step_ms or _steady(str(file), "batchsim.steady_step_ms", about.get("steady_step_ms"))
+    profile = learned(trace, known_ms)
+    parents = parents_of(trace)
     if progress is not None:
         progress(_LEARNED)
-    update: dict[str, Any] = {"steady_step_ms": steady_step_ms or profile.steady_step_ms or _recorded_step(file, about)}
-    if profile.replay_error == 0.0:
-        update["replay_error"] = replay_error(profile)
     if parents:
-        update["provenance"] = profile.provenance | {"phases_within": parents}
-    profile = profile.model_copy(update=update)
+        profile = profile.model_copy(update={"provenance": profile.provenance | {"phases_within": parents}})
     if timers is not None:
         return _with_timers(profile, str(host_phases), timers, parents)
     if profile.phases_ms or "phases_ms" not in about:
@@ -216,18 +230,16 @@ def _learned(
 
     known = known_phases(profile, parents)
     own = checked(str(file), "batchsim.phases_ms", about["phases_ms"])
-    return _timed(profile, {phase: ms for phase, ms in own.items() if phase in known}, parents)
+    return _timed(profile, str(file), {phase: ms for phase, ms in own.items() if phase in known}, parents)
 
 
-def _recorded_step(file: Path, about: dict[str, Any]) -> float | None:
-    """The untraced step of a file by `calibration.record`."""
-    value = about.get("steady_step_ms")
+def _steady(file: str, key: str, value: Any) -> float | None:
+    """The untraced step time that a file tells, if any."""
     if value is None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and _MIN_MS <= value <= _MAX_MS):
-        wanted = f"milliseconds from {_MIN_MS:g} to {_MAX_MS:g}, as calibration.record writes them"
-        raise InputError(str(file), "batchsim.steady_step_ms", shown(value), wanted)
+    if not (number and _MIN_MS <= value <= _MAX_MS):
+        raise InputError(file, key, shown(value), f"milliseconds from {_MIN_MS:g} to {_MAX_MS:g}")
     return float(value)
 
 
@@ -244,11 +256,12 @@ def _with_timers(
     from batchsim.whatif.timers import check_known, known_phases
 
     check_known(file, timers, known_phases(profile, parents))
-    return _timed(profile, timers, parents)
+    return _timed(profile, file, timers, parents)
 
 
-def _timed(profile: LearnedProfile, timers: dict[str, float], parents: dict[str, str]) -> LearnedProfile:
-    from batchsim.whatif.timers import untraced
+def _timed(profile: LearnedProfile, file: str, timers: dict[str, float], parents: dict[str, str]) -> LearnedProfile:
+    from batchsim.whatif.timers import check_sum, untraced
 
     phases_ms, notes = untraced(profile, timers, parents)
+    check_sum(file, phases_ms, profile.steady_step_ms)
     return profile.model_copy(update={"phases_ms": phases_ms, "notes": [*profile.notes, *notes]})

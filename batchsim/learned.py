@@ -15,7 +15,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from batchsim.profile import Measured, parsed
 from batchsim.shipped import read_profile
 
-
 Direction = Literal["h2d", "d2h", "d2d"]
 
 
@@ -111,20 +110,28 @@ class Step(Measured):
         return self
 
 
-class MatrixProduct(Measured):
-    """A product (rows, inner) @ (inner, columns) that a step launches `count` times, in device time `ns` each."""
+class TracedMlp(Measured):
+    """A product (rows, hidden) @ (hidden, inner), an activation, and a product back to `hidden` columns.
 
-    rows: PositiveInt
-    columns: PositiveInt
-    inner: PositiveInt
-    count: PositiveInt
-    ns: PositiveFloat
+    `gated_mlp`: the first product is two, of gate and of up, launched as one or one after the other. `count`: how many
+    a step has, on average. Device time of one, nanoseconds: `ns` of all its kernels, `products_ns` of the products'
+    alone, both with the gaps of a busy stream behind the kernels, as `Kernels.device_ns` has them.
+    """
+
+    kind: Literal["gated_mlp", "mlp"]
+    rows: Annotated[int, Field(gt=0, lt=1 << 31)]
+    hidden: Annotated[int, Field(gt=0, lt=1 << 31)]
+    inner: Annotated[int, Field(gt=0, lt=1 << 31)]
+    count: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ns: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    products_ns: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class LearnedProfile(Measured):
     """What a trace tells about a loop. `steady_step_ms` is its step without a profiler, where that is known.
 
-    `graph_gap_ns` is the median gap between the nodes of a traced graph; `launch_ns` from a launch call's start to its
+    `queued_gap_ns` is what a kernel's device time has in it for the gap before the next on a busy stream,
+    `graph_gap_ns` the median gap between the nodes of a traced graph; `launch_ns` from a launch call's start to its
     kernel's on an idle device; `replay_error` how far a replay of the traced times is from the traced steps, signed.
     `phases_ms` are untraced host times of phases, without their waits.
     """
@@ -138,11 +145,13 @@ class LearnedProfile(Measured):
     steady_step_ms: PositiveFloat | None = None
     phases_ms: dict[str, NonNegativeFloat] = Field({})
     launch_ns: NonNegativeInt
+    queued_gap_ns: NonNegativeInt
     graph_gap_ns: NonNegativeInt
     replay_error: float
     dense: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of the kernels' time in dense matrix products, which draw so much power that they lower the clocks."""
-    chains: list[list[MatrixProduct]] = Field([])
+    chains: list[TracedMlp] = Field([])
+    """MLPs whose shapes the trace tells, those with most time first."""
     attention: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of the kernels' time in attention, which takes longer as sequences grow."""
     notes: list[str] = Field([])

@@ -19,6 +19,7 @@ from batchsim.learned import Copy, Kernels, LearnedProfile, Operation, Step, Wai
 from batchsim.whatif.replay import Scales, replay
 from calibration.kineto import Trace
 from calibration.linked import Linked
+from calibration.products import mlp_chains
 from calibration.reading import Placed, Reading
 from calibration.steps import MIN_STEPS, Steps, find_steps, refuse
 
@@ -49,7 +50,8 @@ def learn(trace: Trace, steady_step_ms: float | None = None) -> LearnedProfile:
             "a trace of one loop's steps in which the host's waits are synchronising calls, with every launch in it"
         )
         refuse(trace, f"steps that a replay of their own calls misses by {error:+.0%}", wanted)
-    notes = list(linked.notes)
+    chains, told = mlp_chains(trace, steps, linked.queued_gap_ns)
+    notes = [*linked.notes, *told]
     if abs(error) > TOLD:
         notes.append(
             f"a replay of the traced calls misses the traced steps by {error:+.0%}; intervals do not count that"
@@ -62,10 +64,12 @@ def learn(trace: Trace, steady_step_ms: float | None = None) -> LearnedProfile:
         steps_in_trace=len(steps.starts_ns) - 1,
         steady_step_ms=steady_step_ms or recorded.get("steady_step_ms"),
         launch_ns=linked.launch_ns,
+        queued_gap_ns=linked.queued_gap_ns,
         graph_gap_ns=linked.graph_gap_ns,
         replay_error=error,
         dense=linked.dense(),
         attention=linked.attention(),
+        chains=chains,
         notes=notes,
         provenance={key: value for key, value in trace.extra.items() if key in _FACTS},
         steps=learned,

@@ -174,7 +174,7 @@ class Reading:
     def _copy(self, call: Call, calls: list[Call], after: int) -> tuple[list[Placed], int, int]:
         """A copy, with the synchronising call that follows it in the same operator: then it blocks the host.
 
-        One to the device that blocks is an operation that returns when it is done; one from the device is a copy and a wait.
+        One to the device that blocks is an operation that returns when it is done; one from there a copy and a wait.
         """
         trace, own = self.trace, int(call.activities[0])
         name = trace.names[trace.name[own]]

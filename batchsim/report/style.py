@@ -10,7 +10,7 @@ STYLE = """
 body { margin: 0; background: var(--bg); color: var(--fg);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 28px; margin: 0 0 6px; letter-spacing: -0.01em; }
+h1 { font-size: 28px; margin: 0 0 6px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 0 0 2px; }
 h3 { font-size: 15px; margin: 12px 0 4px; }
 .kicker { margin: 0; color: var(--dim); font-size: 13px; }

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from batchsim.report.whatif_words import BY_TURNS, DEFINITIONS, found_in, headline, in_order
-from batchsim.whatif.answer import NOTHING, Answer, Prediction
+from batchsim.report.whatif_words import BY_TURNS, DEFINITIONS, found_in, gains, headline, in_order, ms
+from batchsim.whatif.answer import Answer, Prediction
 
 _BAR_CELLS = 48
 AS_IS = "\N{BLACK RIGHT-POINTING TRIANGLE} "
@@ -26,7 +26,7 @@ def print_whatif(console: Console, answer: Answer) -> None:
     for sentence in answer.sentences:
         console.print(_bullet("\N{BULLET} ", sentence))
     for schedule, reason in answer.refused.items():
-        console.print(_bullet("\N{BULLET} ", f"Not predicted: {schedule}, for there is {reason}."))
+        console.print(_bullet("\N{BULLET} ", f"{schedule} is not predicted: {reason}."))
     for note in answer.profile.notes:
         console.print(_bullet("note: ", note, "yellow"))
     console.print()
@@ -54,14 +54,15 @@ def _table(answer: Answer) -> Table:
 
 
 def _bars(answer: Answer) -> Table:
-    """A bar a schedule on one scale: whole to the interval's lower end, lighter within it up to the median and beyond."""
+    """A bar a schedule on one scale: full up to the interval, lighter within it, up to the median and beyond."""
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(no_wrap=True)
-    scale = max(found.step_ms_interval[1] for found in answer.schedules.values()) or 1.0
+    scale = max(max(found.step_ms_interval[1], found.step_ms) for found in answer.schedules.values())
     for name, found in in_order(answer).items():
         low, middle, high = (
-            round(value / scale * _BAR_CELLS) for value in (found.step_ms_interval[0], found.step_ms, found.step_ms_interval[1])
+            round(value / scale * _BAR_CELLS)
+            for value in (found.step_ms_interval[0], found.step_ms, found.step_ms_interval[1])
         )
         style = "cyan" if name == answer.as_is else gain_style(found).removeprefix("bold ") or "white"
         bar = Text("\N{FULL BLOCK}" * low, style=style)
@@ -69,20 +70,15 @@ def _bars(answer: Answer) -> Table:
         bar.append("\N{LIGHT SHADE}" * max(high - max(middle, low), 0), style=style)
         mark = AS_IS if name == answer.as_is else "  "
         grid.add_row(Text(f"{mark}{name}"), Text.assemble(bar, f" {ms(found.step_ms)}"))
-    grid.add_row("", Text("\N{FULL BLOCK} to \N{DARK SHADE} to \N{LIGHT SHADE}: ms a step, and its 90% interval", style="dim"))
+    grid.add_row(
+        "", Text("\N{FULL BLOCK} to \N{DARK SHADE} to \N{LIGHT SHADE}: ms a step, and its 90% interval", style="dim")
+    )
     return grid
-
-
-def ms(value: float) -> str:
-    """Milliseconds to four digits, and never as a power of ten where that can be helped."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def gain_style(found: Prediction) -> str:
     """How a gain is told apart from a loss."""
-    if abs(found.throughput_gain) <= NOTHING:
-        return ""
-    return "bold green" if found.throughput_gain > 0 else "bold red"
+    return {1: "bold green", 0: "", -1: "bold red"}[gains(found)]
 
 
 def _bullet(mark: str, text: str, style: str = "") -> Table:

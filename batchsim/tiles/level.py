@@ -15,8 +15,10 @@ from batchsim.tiles.sm import simulate
 
 # The product of gate and up, the activation and the product down.
 LIBRARY_LAUNCHES = 3
-# The finer policies cost as much to simulate as these together, and were never the best for a gated MLP's shapes.
-POLICIES = {"gated_mlp": ("RowSync",), "mlp": None}
+# The finer policies cost as much to simulate as these together, and were never the best for a gated MLP's shapes that
+# were measured; for others one of them is tried.
+POLICIES = ("RowSync",)
+FINER = ("TileSync/4", "RowSync")
 # A tie is given to our kernels, for the launches that they save.
 TIE = 0.01
 # By how much the library's time may be off between the rows at which it was measured: it changes kernels there.
@@ -52,7 +54,7 @@ class MlpShape(NamedTuple):
 
 
 class Fastest(NamedTuple):
-    """The fastest of an MLP's tilings and policies, a launch's gap included; `in_order_ns`: that of StreamSync alone."""
+    """The fastest of an MLP's tilings and policies, with a launch's gap; `in_order_ns`: that under StreamSync."""
 
     time_ns: int
     tilings: tuple[Tiling, Tiling]
@@ -86,16 +88,19 @@ class MlpLevel:
         kind, hidden, inner = self.shape
         for first in self.profile.tilings_of("gated" if kind == "gated_mlp" else "gemm"):
             for second in self.profile.tilings_of("gemm"):
+                if not (_divides(first, hidden) and _divides(second, inner)):
+                    continue
                 chain = (gated_mlp if kind == "gated_mlp" else mlp)(rows, hidden, inner, first, second)
                 if self.profile.together((first, second)) and self.profile.suits(chain.kernels, rows):
                     yield (first, second), chain
 
     def _simulated(self, rows: int) -> Fastest | None:
         costs, device = self.profile.costs, self.profile.device
+        only = POLICIES if self.shape.kind == "gated_mlp" and self.library is not None else FINER
         best: tuple[int, tuple[Tiling, Tiling], Policy] | None = None
         in_order: list[int] = []
         for tilings, chain in self.chains(rows):
-            for policy in policies(chain, only=POLICIES[self.shape.kind]):
+            for policy in policies(chain, only=only):
                 time_ns = round(simulate(policy, costs, device).total_ns + device.launch_gap_ns)
                 if best is None or time_ns < best[0]:
                     best = time_ns, tilings, policy
@@ -118,6 +123,11 @@ class MlpLevel:
             if (curve.chain, curve.hidden, curve.inner) == self.shape:
                 return curve
         return None
+
+
+def _divides(tiling: Tiling, contraction: int) -> bool:
+    """Whether a contraction can be split into the tiling's shares."""
+    return tiling.slices == 1 or contraction % (tiling.slices * tiling.depth) == 0
 
 
 class TileLevel:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from batchsim.learned import Kernels, LearnedProfile, Operation
-from batchsim.whatif.belief import Loop, informed, prior, warmed
+from batchsim.whatif.belief import Loop, drifted, informed, prior, warmed
 from batchsim.whatif.graphs import captured, has_graphs, one_by_one
 from batchsim.whatif.phases import fixed
 from batchsim.whatif.replay import Array, Moment, Scales, replay
+from batchsim.whatif.tile_sync import apply, saved_ns
 from batchsim.whatif.variants import asynchronous, is_overlapped, plain, synchronous
 
 SCHEMA_VERSION = 1
@@ -103,7 +104,13 @@ def whatif(
     if steady is not None:
         scales, conflict = informed(scales, loop, steady * 1e6)
     as_is = "async" if is_overlapped(steps) else "sync"
-    variants, refused = _variants(steps)
+    variants, refused = _variants(steps, profile)
+    tile = saved_ns(profile)
+    if isinstance(tile, str):
+        refused["tile"] = tile
+    else:
+        faster = apply(steps, tile[0])
+        variants |= {"sync_tile": (synchronous(faster), 1.0), "async_tile": (asynchronous(faster), 1.0)}
     asked = _Asked(loop, scales, steady)
     now_ns = asked.step_ns(steps)
     schedules: dict[str, Prediction] = {}
@@ -112,10 +119,11 @@ def whatif(
         if progress is not None:
             progress((done + 1) / len(variants))
     answer = Answer(profile, steady, as_is, schedules, refused, (), conflict)
-    return replace(answer, sentences=tuple(sentences(answer)))
+    told = [] if isinstance(tile, str) else [tile[1]]
+    return replace(answer, sentences=(*sentences(answer), *told))
 
 
-def _variants(steps: Steps) -> tuple[dict[str, tuple[Steps, float]], dict[str, str]]:
+def _variants(steps: Steps, profile: LearnedProfile) -> tuple[dict[str, tuple[Steps, float]], dict[str, str]]:
     """Steps and the host's speed of each schedule, and why others are not predicted."""
     both = {"sync": synchronous(steps), "async": asynchronous(steps)}
     made: dict[str, tuple[Steps, float]] = {name: (changed, 1.0) for name, changed in both.items()}
@@ -124,7 +132,7 @@ def _variants(steps: Steps) -> tuple[dict[str, tuple[Steps, float]], dict[str, s
         launched = one_by_one(steps)
         made["sync_no_graphs"] = synchronous(launched), 1.0
         made["async_no_graphs"] = asynchronous(launched), 1.0
-    elif (graphs := captured(steps)) is not None:
+    elif (graphs := captured(steps, profile.queued_gap_ns)) is not None:
         made["sync_graphs"] = synchronous(graphs), 1.0
         made["async_graphs"] = asynchronous(graphs), 1.0
     else:
@@ -146,6 +154,8 @@ class _Asked:
 
     def predict(self, steps: Steps, speed: float, now_ns: Array, *, as_it_is: bool) -> Prediction:
         loop, scales = self.loop, replace(self.scales, host_speed=speed)
+        if not as_it_is:
+            scales = drifted(scales)
         first = replay(steps, scales, loop.launch_ns)
         busy = first.busy if not as_it_is else loop.kernels_ns / now_ns
         before = np.minimum(loop.kernels_ns / now_ns, 1.0)

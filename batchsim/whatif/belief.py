@@ -39,6 +39,8 @@ THROTTLE = (0.05, 0.04)
 RESTING = 0.75
 # How far a step time is from what any scales give, standard deviation of the logarithm.
 OFF = 0.01
+# The profiler's share explains a host's scale this far from its prior's median, as a logarithm.
+USUAL = 0.35
 HOST_BOUNDS = (0.02, 20.0)
 CLOSE = 1e-4
 _ROUNDS = 30
@@ -126,6 +128,20 @@ def warmed(scales: Scales, loop: Loop, busy: float | Array, before: float | Arra
         return 1 + scales.throttle * loop.dense * np.clip((np.asarray(share) - RESTING) / (1 - RESTING), 0, 1)
 
     return replace(scales, device=scales.device * longer(busy) / longer(before))
+
+
+def drifted(scales: Scales) -> Scales:
+    """The scales of a run at another moment.
+
+    Where the host was much faster or slower without the profiler than with it, more than the profiler's share
+    explains, its speed drifts, and which of the two is usual is not known: half of the draws have it anywhere between
+    them.
+    """
+    away = np.log(scales.host / HOST[0])
+    unexplained = np.sign(away) * np.maximum(np.abs(away) - USUAL, 0)
+    order = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(2,))).permutation(len(away))
+    share = np.maximum(2 * order / len(away) - 1, 0)
+    return replace(scales, host=scales.host * np.exp(-unexplained * share))
 
 
 def _taken(scales: Scales, chosen: np.ndarray) -> Scales:

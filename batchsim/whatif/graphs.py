@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 
 from batchsim.learned import Copy, Kernels, Operation, Wait, Work
+from batchsim.whatif.replay import LAUNCHED
 
 # Host work this long between two launches is somebody's own, and no part of a forward that could be captured.
 LAUNCHING_NS = 200_000
-# A kernel's gap before the next in a graph is this much shorter than on a stream that the host feeds.
-SAVED_GAP_NS = 500
-# Host time of one launch by a framework, where a trace shows none: an operator, its allocation and the call;
-# nanoseconds. Measured on transformers' decoders, 16,000 to 20,000; on bare torch modules 6,000 to 12,000.
-LAUNCH_HOST_NS = 12_000
+NODE_GAP_NS = 350  # Between a graph's nodes: what of the traced gaps is not the profiler's.
+# Host time of one launch by a framework, an operator and its modules included, nanoseconds: 16,000 to 20,000 in
+# transformers' decoders, 7,000 to 15,000 in plain torch.
+LAUNCH_HOST_NS = 15_000
 MIN_KERNELS = 8
 
 
@@ -22,28 +21,32 @@ def has_graphs(steps: Sequence[Sequence[Operation]]) -> bool:
     return any(isinstance(operation, Kernels) and operation.nodes for step in steps for operation in step)
 
 
-def captured(steps: Sequence[Sequence[Operation]]) -> list[list[Operation]] | None:
-    """The steps with the longest run of launches in each as one graph; None: there is none worth it."""
-    made = [_captured(list(step)) for step in steps]
+def captured(steps: Sequence[Sequence[Operation]], queued_gap_ns: int) -> list[list[Operation]] | None:
+    """The steps with the longest run of launches in each as one graph; None: there is none worth it.
+
+    `queued_gap_ns`: what is in a kernel's device time for the gap after it.
+    """
+    made = [_captured(list(step), queued_gap_ns) for step in steps]
     return None if any(step is None for step in made) else [step for step in made if step is not None]
 
 
-def _captured(step: list[Operation]) -> list[Operation] | None:
+def _captured(step: list[Operation], queued_gap_ns: int) -> list[Operation] | None:
     first, last = _longest_run(step)
     run = step[first : last + 1]
     kernels = [operation for operation in run if isinstance(operation, Kernels)]
     count = sum(len(operation.device_ns) for operation in kernels)
     if count < MIN_KERNELS:
         return None
-    device_ns = sum(sum(operation.device_ns) for operation in kernels) - SAVED_GAP_NS * count
-    device_ns += sum(operation.device_ns for operation in run if isinstance(operation, Copy))
+    device_ns = sum(sum(operation.device_ns) for operation in kernels) + (NODE_GAP_NS - queued_gap_ns) * count
+    copies = [operation for operation in run if isinstance(operation, Copy)]
+    device_ns += sum(operation.device_ns for operation in copies)
     graph = Kernels(
         phase=kernels[0].phase,
         stream=kernels[0].stream,
         host_ns=[0],
         events=[0],
         device_ns=[max(device_ns, 1)],
-        nodes=len(run) - len(kernels) + count,
+        nodes=count + len(copies),
     )
     return _replaced(step, first, last, [graph])
 
@@ -80,17 +83,10 @@ def one_by_one(steps: Sequence[Sequence[Operation]], launch_host_ns: float = LAU
             if isinstance(operation, Kernels) and operation.nodes:
                 nodes = operation.nodes
                 each = {"host_ns": [round(launch_host_ns)] * nodes, "events": [0] * nodes}
-                each["device_ns"] = [max(round(operation.device_ns[0] / nodes), 0) + SAVED_GAP_NS] * nodes
-                operations[i] = operation.model_copy(update={**each, "nodes": None})
+                each["device_ns"] = [max(round(operation.device_ns[0] / nodes), 0)] * nodes
+                operations[i] = operation.model_copy(update={**each, "nodes": None, "phase": LAUNCHED})
         made.append(operations)
     return made
-
-
-def launch_cost_ns(steps: Sequence[Sequence[Operation]]) -> float | None:
-    """Host time of one launch as traced, with the profiler's share; None: a trace with few launches."""
-    single = [o for step in steps for o in step if isinstance(o, Kernels) and o.nodes is None]
-    host = [ns for operation in single for ns in operation.host_ns]
-    return float(median(host)) if len(host) >= MIN_KERNELS * len(steps) else None
 
 
 def _replaced(step: list[Operation], first: int, last: int, by: list[Operation]) -> list[Operation]:

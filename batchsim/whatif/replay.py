@@ -22,6 +22,7 @@ GRAPH_CALL_NS = 8_000  # Host time of launching a graph, its nodes apart.
 FLOOR = 0.1  # However many events were recorded meanwhile, this share of a traced time is the host's own.
 # The phase of host work that a schedule adds; its times are assumptions, not traced, and have no events in them.
 ADDED = "added"
+LAUNCHED = "launched one by one"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Scales:
             return np.asarray(np.ones_like(self.host) / self.host_speed * traced)
         if phase == ADDED:
             return np.asarray(self.host * self.added / self.host_speed * traced)
+        if phase == LAUNCHED:  # half as uncertain, as a logarithm
+            return np.asarray(self.host * np.sqrt(self.added) / self.host_speed * traced)
         net = traced - self.event_ns * np.asarray(events, float)[..., None]
-        return self.host / self.host_speed * np.maximum(net, FLOOR * traced)
+        return np.asarray(self.host / self.host_speed * np.maximum(net, FLOOR * traced))
 
     def graph_of(self, graph: Kernels) -> Array:
         if graph.phase in self.known:

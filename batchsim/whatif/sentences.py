@@ -63,8 +63,8 @@ def _overlap(answer: Answer) -> Iterator[str]:
     added = "its events, buffers, copies and the kernels that feed results back"
     if other.throughput_gain < -NOTHING:
         yield (
-            f"Async would lose: the host works {now.host_ms:.4g} of {now.step_ms:.4g} ms a step, so there is hardly any "
-            f"wait to use, and {added} come on top: {change}."
+            f"Async would lose: the host works {now.host_ms:.4g} of {now.step_ms:.4g} ms a step, so there is hardly "
+            f"any wait to use, and {added} come on top: {change}."
         )
     elif other.throughput_gain <= NOTHING:
         why = "the host" if now.host_ms > 0.9 * now.step_ms else "the device"

@@ -24,6 +24,8 @@ FOLDED = ("timed", "batchsim")
 WANTED = "a JSON object of phases and their milliseconds in a step without a profiler"
 # Traced and untraced waits differ; a phase whose rest is less than this share of its timer is no host work to speak of.
 LEAST = 0.2
+# Medians of phases and of steps are of different steps, so that their sum may be a little longer than the step.
+MOST = 1.05
 
 
 def read_timers(file: Path) -> dict[str, float]:
@@ -89,6 +91,18 @@ def check_known(file: str, timers: Iterable[str], known: list[str]) -> None:
             raise InputError(file, phase, "a phase that the trace does not have", choice(phase, known))
 
 
+def check_sum(file: str, phases_ms: Mapping[str, float], steady_step_ms: float | None) -> None:
+    """Refuse host work that is longer than the step that it is part of.
+
+    Raises:
+        InputError: as it says.
+    """
+    total = sum(phases_ms.values())
+    if steady_step_ms is not None and total > MOST * steady_step_ms:
+        found = f"{total:.4g} ms of host work in a step of {steady_step_ms:.4g} ms"
+        raise InputError(file, "", found, "times of the same steady steps, such as medians over them")
+
+
 def by_name(names: Iterable[str]) -> dict[str, str]:
     """Parents of phases that are named like paths, `a/b` within `a`, for a profile whose trace is not at hand."""
     every = set(names)
@@ -121,11 +135,11 @@ def untraced(
         phases = [phase for phase, owner in owners.items() if owner == name]
         work, wait = sum(own[phase] for phase in phases), sum(waited[phase] for phase in phases)
         rest = ms - inside[name]
-        if not work or rest <= 0 and ms > 0:
+        if not work or (rest <= 0 and ms > 0):
             if phases and rest < 0:
-                notes.append(f"the untraced time of {name} is left out: phases inside it take longer than it does")
+                notes.append(f"the untraced time of {name} is left out, for phases inside it take longer")
         elif wait > WAITING * (work + wait) or rest - wait < LEAST * rest:
-            notes.append(f"the untraced time of {name} is left out: it mostly waits for the device")
+            notes.append(f"the untraced time of {name} is left out, for the device is waited for in it")
         else:
             found |= {phase: own[phase] / work * (rest - wait) for phase in phases}
     return found, notes

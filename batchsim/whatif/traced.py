@@ -22,8 +22,3 @@ def replay_traced(profile: LearnedProfile) -> Replayed:
 def traced_ms(profile: LearnedProfile) -> float:
     """The mean traced step."""
     return sum(step.traced_ns for step in profile.steps) / len(profile.steps) / 1e6
-
-
-def replay_error(profile: LearnedProfile) -> float:
-    """How far the replay of the traced times is from the traced steps, signed, relatively."""
-    return float(replay_traced(profile).step_ns[0]) / 1e6 / traced_ms(profile) - 1

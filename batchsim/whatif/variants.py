@@ -193,4 +193,4 @@ def _pinned(direction: Direction, bytes_: int, stream: int) -> Copy:
         host_ns=COPY_CALL_NS,
         events=0,
         device_ns=device_ns,
-    )  # type: ignore[arg-type]
+    )
