@@ -17,8 +17,8 @@ HOST, DEVICE = 1000, 0
 class TracedLoop:
     """A synchronous loop; times in microseconds.
 
-    A step reads results (`update`), prepares inputs (`prepare`, in it `build`, which ends with a small copy and waits for
-    it), launches (`launch`) `kernels` kernels of `kernel_us` each or a graph of them, copies results out and waits.
+    A step reads results (`update`), prepares inputs (`prepare`, in it `build`, which ends with a small copy and waits
+    for it), launches (`launch`) `kernels` kernels of `kernel_us` each or a graph of them, copies results out and waits.
     """
 
     steps: int = 10
@@ -105,6 +105,8 @@ class TracedLoop:
         args = {"device": 0, "stream": 7, "correlation": self._correlation} | args
         self._event(category, name, start, self._free, pid=DEVICE, tid=7, **args)
 
-    def _event(self, category: str, name: str, start: float, end: float, pid: int = HOST, tid: int = HOST, **args: Any) -> None:
+    def _event(
+        self, category: str, name: str, start: float, end: float, pid: int = HOST, tid: int = HOST, **args: Any
+    ) -> None:
         event = {"ph": "X", "cat": category, "name": name, "pid": pid, "tid": tid, "args": args}
         self.events.append(event | {"ts": round(start, 3), "dur": round(end - start, 3)})

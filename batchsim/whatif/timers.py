@@ -125,9 +125,11 @@ def untraced(
     """
     own, waited = _traced_ms(profile)
     owners = {phase: _nearest_timer(phase, timers, parents) for phase in own}
-    inside: defaultdict[str, float] = defaultdict(float)
+    inside: defaultdict[str | None, float] = defaultdict(float)
     for name, ms in timers.items():
-        if (outer := parents.get(name)) is not None and (around := _nearest_timer(outer, timers, parents)) is not None:
+        outer = parents.get(name)
+        around = None if outer is None else _nearest_timer(outer, timers, parents)
+        if around not in (None, name):
             inside[around] += ms
     found: dict[str, float] = {}
     notes: list[str] = []

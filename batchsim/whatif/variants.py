@@ -25,8 +25,6 @@ COPY_CALL_NS = 8_000
 # Kernels that carry a step's results over to the inputs of the next, on the device: transformers launches 8. In a
 # graph they are nodes more; launched one by one they cost the host what its other launches do.
 FEEDBACK_KERNELS, FEEDBACK_NS = 8, 2_000
-# Launching kernel by kernel takes this much longer while copies and other streams are under way.
-BUSY_LAUNCH = 1.02
 
 Steps = list[list[Operation]]
 
@@ -113,9 +111,6 @@ def _deferred(step: list[Operation]) -> list[Operation]:
             continue
         if isinstance(operation, Wait) and operation.lag == 0:
             operation = operation.model_copy(update={"target": place[operation.target]})
-        if isinstance(operation, Kernels) and operation.nodes is None:
-            slower = [round(ns * BUSY_LAUNCH) for ns in operation.host_ns]
-            operation = operation.model_copy(update={"host_ns": slower})
         place[i] = len(made)
         made.append(operation)
     made += _feedback(step)
