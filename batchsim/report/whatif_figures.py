@@ -253,7 +253,7 @@ def _marker(key: str, colour: str) -> dict[str, object]:
         }
         return {"color": colour, "pattern": pattern}
     if key in _DEVICE:
-        return {"color": colour, "line": {"color": "rgba(0,0,0,0.45)", "width": 1 if key == "kernels" else 0}}
+        return {"color": colour, "line": {"color": "rgba(140,160,185,0.9)", "width": 0.8 if key == "kernels" else 0}}
     return {"color": colour, "line": {"color": colour, "width": 0.6}}
 
 
