@@ -10,10 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from batchsim.profile import Measured, parsed
 from batchsim.shipped import read_profile
+
+# A day, and what a device holds; more is a damaged file.
+Nanoseconds = Annotated[int, Field(ge=0, le=86_400 * 10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Bytes = Annotated[int, Field(ge=0, le=2**50)]
 
 Direction = Literal["h2d", "d2h", "d2d"]
 
@@ -23,8 +28,8 @@ class Work(Measured):
 
     op: Literal["work"] = "work"
     phase: str
-    ns: NonNegativeInt
-    events: NonNegativeInt
+    ns: Nanoseconds
+    events: Count
 
 
 class Kernels(Measured):
@@ -36,11 +41,11 @@ class Kernels(Measured):
 
     op: Literal["kernels"] = "kernels"
     phase: str
-    stream: NonNegativeInt
-    host_ns: list[NonNegativeInt] = Field(min_length=1)
-    events: list[NonNegativeInt] = Field(min_length=1)
-    device_ns: list[NonNegativeInt] = Field(min_length=1)
-    nodes: PositiveInt | None = None
+    stream: Count
+    host_ns: list[Nanoseconds] = Field(min_length=1)
+    events: list[Count] = Field(min_length=1)
+    device_ns: list[Nanoseconds] = Field(min_length=1)
+    nodes: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Of a graph, its kernels and copies; None: launched kernel by kernel."""
 
     @model_validator(mode="after")
@@ -57,14 +62,14 @@ class Copy(Measured):
 
     op: Literal["copy"] = "copy"
     phase: str
-    stream: NonNegativeInt
+    stream: Count
     direction: Direction
-    bytes: NonNegativeInt
+    bytes: Bytes
     pinned: bool
     waits: bool
-    host_ns: NonNegativeInt
-    events: NonNegativeInt
-    device_ns: NonNegativeInt
+    host_ns: Nanoseconds
+    events: Count
+    device_ns: Nanoseconds
 
 
 class StreamWait(Measured):
@@ -72,10 +77,10 @@ class StreamWait(Measured):
 
     op: Literal["stream_wait"] = "stream_wait"
     phase: str
-    stream: NonNegativeInt
-    on: NonNegativeInt
-    host_ns: NonNegativeInt
-    events: NonNegativeInt
+    stream: Count
+    on: Count
+    host_ns: Nanoseconds
+    events: Count
 
 
 class Wait(Measured):
@@ -86,11 +91,11 @@ class Wait(Measured):
 
     op: Literal["wait"] = "wait"
     phase: str
-    lag: NonNegativeInt
-    target: NonNegativeInt
-    host_ns: NonNegativeInt
-    events: NonNegativeInt
-    waited_ns: NonNegativeInt
+    lag: Count
+    target: Count
+    host_ns: Nanoseconds
+    events: Count
+    waited_ns: Nanoseconds
 
 
 Operation = Annotated[Work | Kernels | Copy | StreamWait | Wait, Field(discriminator="op")]
@@ -99,7 +104,7 @@ Operation = Annotated[Work | Kernels | Copy | StreamWait | Wait, Field(discrimin
 class Step(Measured):
     """One traced step: its operations in the host's order, and how long it took, start to start, nanoseconds."""
 
-    traced_ns: PositiveInt
+    traced_ns: Annotated[int, Field(ge=1, le=86_400 * 10**9)]
     operations: list[Operation] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -144,9 +149,9 @@ class LearnedProfile(Measured):
     steps_in_trace: PositiveInt
     steady_step_ms: PositiveFloat | None = None
     phases_ms: dict[str, NonNegativeFloat] = Field({})
-    launch_ns: NonNegativeInt
-    queued_gap_ns: NonNegativeInt
-    graph_gap_ns: NonNegativeInt
+    launch_ns: Nanoseconds
+    queued_gap_ns: Nanoseconds
+    graph_gap_ns: Nanoseconds
     replay_error: float
     dense: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of the kernels' time in dense matrix products, which draw so much power that they lower the clocks."""

@@ -270,4 +270,6 @@ def parsed(model: type[AnyProfile], text: str, source: str) -> AnyProfile:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "profile"
+        if first["type"] == "missing":
+            raise InputError(source, key, "nothing", "the value that belongs there: the file is not whole") from None
         raise InputError(source, key, repr(first["input"])[:80], first["msg"]) from None

@@ -13,15 +13,17 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-import numpy as np
+from pydantic import ValidationError
 
+from batchsim.errors import shown
 from batchsim.learned import Copy, Kernels, LearnedProfile, Operation, Step, Wait, Work
-from batchsim.whatif.replay import Scales, replay
+from batchsim.whatif.traced import replay_traced
+from calibration.doubts import doubts
 from calibration.kineto import Trace
 from calibration.linked import Linked
 from calibration.products import mlp_chains
 from calibration.reading import Placed, Reading
-from calibration.steps import MIN_STEPS, Steps, find_steps, refuse
+from calibration.steps import HOW, MIN_STEPS, Steps, find_steps, refuse
 
 MAX_STEPS = 8
 OUTLIER = 2.0  # A step this many times as long as the median is not a steady one.
@@ -43,7 +45,16 @@ def learn(trace: Trace, steady_step_ms: float | None = None) -> LearnedProfile:
     if len(steps.starts_ns) - 1 < MIN_STEPS:
         refuse(trace, f"{len(steps.starts_ns) - 1} steps ({steps.found_by})", f"at least {MIN_STEPS}: trace more steps")
     linked = Linked(trace, steps)
-    learned = _steps(steps, Reading(linked).operations())
+    try:
+        placed = Reading(linked).operations()
+        doubtful = doubts(linked, placed)
+        learned = _steps(steps, placed)
+    except ValidationError as caught:
+        what = caught.errors()[0]
+        place = ".".join(map(str, what["loc"]))
+        refuse(trace, f"a step whose {place} is {shown(what['input'])}", f"a trace as the profiler wrote it: {HOW}")
+    if not learned:
+        refuse(trace, f"steps in which nothing takes time ({steps.found_by})", f"steps of a loop: {HOW}")
     error = _replay_error(learned, linked.launch_ns)
     if abs(error) > REFUSED:
         wanted = (
@@ -51,7 +62,7 @@ def learn(trace: Trace, steady_step_ms: float | None = None) -> LearnedProfile:
         )
         refuse(trace, f"steps that a replay of their own calls misses by {error:+.0%}", wanted)
     chains, told = mlp_chains(trace, steps, linked.queued_gap_ns)
-    notes = [*linked.notes, *told]
+    notes = [*linked.notes, *doubtful, *told]
     if abs(error) > TOLD:
         notes.append(
             f"a replay of the traced calls misses the traced steps by {error:+.0%}; intervals do not count that"
@@ -89,17 +100,14 @@ def _recorded(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 def _replay_error(steps: list[Step], launch_ns: int) -> float:
     """How far a replay at the traced times is from the traced steps, relatively."""
-    phases = frozenset(operation.phase for step in steps for operation in step.operations)
-    one, none = np.ones(1), np.zeros(1)
-    traced = Scales(one, none, none, one, none, one, none, known=phases)
-    step_ns = replay([step.operations for step in steps], traced, launch_ns).step_ns[0]
+    step_ns = replay_traced(steps, launch_ns).step_ns[0]
     return float(step_ns * len(steps) / sum(step.traced_ns for step in steps) - 1)
 
 
 def _steps(steps: Steps, placed: list[Placed]) -> list[Step]:
     """Cut into steps, with the targets of waits as indices of operations."""
     cuts = _cuts(steps, placed)
-    cycles = [placed[a:b] for a, b in pairwise(cuts)]
+    cycles = [placed[a:b] for a, b in pairwise(cuts) if a < b and placed[a].start < placed[b - 1].end]
     where: dict[int, tuple[int, int]] = {}
     for number, cycle in enumerate(cycles):
         for position, item in enumerate(cycle):
@@ -120,7 +128,7 @@ def _steps(steps: Steps, placed: list[Placed]) -> list[Step]:
                     operation = operation.model_copy(update={"lag": number - at[0], "target": at[1]})
             operations.append(operation)
         made.append((cycle[-1].end - cycle[0].start, operations))
-    usual = median(ns for ns, _ in made[1:] or made)
+    usual = median([ns for ns, _ in made[1:]] or [0])
     kept = [Step(traced_ns=ns, operations=operations) for ns, operations in made[1:] if ns <= OUTLIER * usual]
     return kept[:MAX_STEPS]
 

@@ -18,6 +18,7 @@ QUEUED_GAP_NS = 1_000  # Between kernels of a busy stream, where a trace shows n
 LAUNCH_NS = 5_000  # From a launch call to its kernel on an idle device, where a trace shows none.
 SAMPLED = 20_000  # So many launches tell what is usual.
 NO_PHASE = "host"
+MEMCPY_OUT = "DtoH"
 
 # Matrix products name their tiles, as nvjet_sm90_tst_256x128_64x4 and ampere_bf16_s16816gemm_bf16_128x256_ldg8; tiles
 # this large in both directions are those of products that compute rather than read memory.
@@ -68,6 +69,8 @@ class Linked:
         last = ended[np.append(np.diff(trace.correlation[ended]) != 0, True)] if ended.size else ended
         self.by_end = last[np.argsort(trace.end_ns[last], kind="stable")]
         self.ends = trace.end_ns[self.by_end]
+        out = [MEMCPY_OUT in trace.names[name] for name in trace.name[self.by_end]]
+        self.copies_out = self.by_end[np.array(out, bool)]
         launched = dict(
             zip(trace.correlation[self.launches].tolist(), trace.start_ns[self.launches].tolist(), strict=True)
         )
@@ -84,7 +87,6 @@ class Linked:
         """The innermost annotation at every moment, steps' own excepted, as boundaries and names."""
         trace = self.trace
         mine = np.flatnonzero((trace.kind == ANNOTATION) & (trace.lane == self.steps.thread))
-        step_starts = set(self.steps.starts_ns.tolist())
         self.moments: list[int] = [0]
         self._names: list[str] = [NO_PHASE]
         open_: list[tuple[int, str]] = []
@@ -97,7 +99,7 @@ class Linked:
 
         for i in mine.tolist():
             start, end = int(trace.start_ns[i]), int(trace.end_ns[i])
-            if start in step_starts:
+            if i in self.steps.marks:
                 continue
             close(start)
             open_.append((end, trace.names[trace.name[i]]))
@@ -117,12 +119,14 @@ class Linked:
         in_graph: list[int] = []
         queued: list[int] = []
         latency: list[int] = []
-        ended: dict[int, int] = {}
+        ended: dict[int, int] = {}  # where the last activity of a stream was a kernel
         inside = self.launches[trace.start_ns[self.launches] >= self.window[0]][:SAMPLED]
         for launch in inside.tolist():
             own = self.activities(int(trace.correlation[launch]))
             lane = int(trace.lane[own[0]])
-            before = ended.get(lane)
+            before = ended.pop(lane, None)
+            if trace.kind[own[0]] != KERNEL and len(own) == 1:
+                continue
             start = int(trace.start_ns[own].min())
             if len(own) > 1:
                 order = own[np.argsort(trace.start_ns[own], kind="stable")]
@@ -130,11 +134,12 @@ class Linked:
                 in_graph += (trace.start_ns[order][1:] - reached[:-1]).clip(min=0).tolist()
             elif before is not None and before > trace.end_ns[launch]:
                 queued.append(start - before)
-            elif before is not None and before < trace.start_ns[launch] and trace.kind[own[0]] != MEMCPY:
+            elif before is not None and before < trace.start_ns[launch]:
                 latency.append(start - int(trace.start_ns[launch]))
             ended[lane] = int(trace.end_ns[own].max())
         self.graph_gap_ns = max(int(median(in_graph)), 0) if in_graph else 0
-        self.queued_gap_ns = max(int(median(queued)), 0) if queued else QUEUED_GAP_NS
+        # A longer gap is a wait for another stream.
+        self.queued_gap_ns = min(max(int(median(queued)), 0), QUEUED_GAP_NS) if queued else QUEUED_GAP_NS
         self.launch_ns = max(int(median(latency)), 0) if latency else LAUNCH_NS
 
     def dense(self) -> float:

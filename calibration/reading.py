@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchsim.learned import Copy, Direction, Kernels, Operation, StreamWait, Wait, Work
-from calibration.linked import MEMCPY, MEMSET, Call, Linked
+from calibration.linked import MEMCPY, MEMCPY_OUT, MEMSET, Call, Linked
 
 SKEW_NS = 2_000  # Host and device clocks differ by about this much in a trace.
 STALLED_NS = 30_000  # A blocking copy that starts this long after its call may have waited for other work.
@@ -101,6 +101,7 @@ class Reading:
         the trace shows that it did not, the wait is left out.
         """
         before: Placed | None = None
+        following = _following(placed)
         for place, item in enumerate(placed):
             if item.activity >= 0:
                 before = item
@@ -109,7 +110,7 @@ class Reading:
                 yield item
                 continue
             on = -1 if before is None else int(self.trace.lane[before.activity])
-            after = next((i for i in placed[place + 1 :] if i.activity >= 0 and _stream(i.operation) != on), None)
+            after = next((i for i in following[place] if _stream(i.operation) != on), None)
             if before is not None and after is not None and self._began(after) >= self._ended(before) - SKEW_NS:
                 item.operation = operation.model_copy(update={"stream": _stream(after.operation), "on": on})
                 yield item
@@ -131,7 +132,7 @@ class Reading:
                 return self._copy(call, calls, after)
             return [self._graph(call)], call.end, after
         if "Synchronize" in call.name:
-            return [self._wait(call.start, call.end)], call.end, after
+            return [self._wait(call.start, call.end, event="Event" in call.name)], call.end, after
         if "StreamWaitEvent" in call.name:
             stream_wait = StreamWait(
                 phase=self.linked.phase_at(call.start), stream=0, on=0, host_ns=call.end - call.start, events=1
@@ -144,7 +145,7 @@ class Reading:
             while last < len(calls) and calls[last].name == call.name:
                 last += 1
             if last - after + 1 >= POLLS:
-                return [self._wait(call.start, calls[last - 1].end)], calls[last - 1].end, last
+                return [self._wait(call.start, calls[last - 1].end, event=True)], calls[last - 1].end, last
         return None
 
     def _burst(self, burst: _Burst) -> Placed:
@@ -191,7 +192,7 @@ class Reading:
                 behind = self._wait(begin, start_ns, up_to=own)
                 if isinstance(behind.operation, Wait) and behind.operation.waited_ns:
                     made.append(behind)
-                    begin = start_ns
+                    begin = min(start_ns, until)
             asleep = max(min(end_ns, until) - max(start_ns, begin), 0) if waits else 0
         elif direction == "d2h":
             # A call that copies into pageable memory returns when the copy is done, whatever its name says.
@@ -216,8 +217,11 @@ class Reading:
             made.append(Placed(until, until, wait, awaits=own))
         return made, max(until, last), after + (1 if sync else 0)
 
-    def _wait(self, start: int, end: int, up_to: int = -1) -> Placed:
-        """A wait for the activity that ended last before it returned, of those launched before it began."""
+    def _wait(self, start: int, end: int, up_to: int = -1, *, event: bool = False) -> Placed:
+        """A wait for the activity that ended last before it returned, of those launched before it began.
+
+        A wait for an event that has happened long ago tells nothing of which; results are what a loop waits for.
+        """
         trace = self.trace
         target = -1
         for place in range(int(np.searchsorted(self.linked.ends, end + SKEW_NS, side="right")) - 1, -1, -1):
@@ -230,14 +234,24 @@ class Reading:
             # While later kernels run, what a host waits for is the copy of results that has just ended.
             if trace.end_ns[candidate] < end - WAKE_NS:
                 break
-            if "DtoH" in trace.names[trace.name[candidate]]:
+            if MEMCPY_OUT in trace.names[trace.name[candidate]]:
                 target = candidate
                 break
+        if event and target >= 0 and trace.end_ns[target] <= start:
+            target = self._results(start, target)
         waited = min(max(int(trace.end_ns[target]) - start, 0), end - start) if target >= 0 else 0
         wait = Wait(
             phase=self.linked.phase_at(start), lag=0, target=0, host_ns=end - start - waited, events=1, waited_ns=waited
         )
         return Placed(start, end, wait, awaits=target)
+
+    def _results(self, start: int, otherwise: int) -> int:
+        """The copy of results that ended last before `start`, of those launched before."""
+        trace, out = self.trace, self.linked.copies_out
+        for place in range(int(np.searchsorted(trace.end_ns[out], start, side="right")) - 1, -1, -1):
+            if self.linked.launched_ns.get(int(trace.correlation[out[place]]), start) < start:
+                return int(out[place])
+        return otherwise
 
     def _work(self, start: int, end: int) -> Iterator[Placed]:
         """What the host computes in `[start, end)`, by phase."""
@@ -254,6 +268,18 @@ class Reading:
 
     def _duration(self, own: NDArray[np.int64]) -> int:
         return int(self.trace.end_ns[own[0]] - self.trace.start_ns[own[0]])
+
+
+def _following(placed: list[Placed]) -> list[tuple[Placed, ...]]:
+    """Of each operation, the next after it that puts something on a stream, and the next on another stream than that."""
+    following: list[tuple[Placed, ...]] = []
+    near: tuple[Placed, ...] = ()
+    for item in reversed(placed):
+        following.append(near)
+        if item.activity >= 0:
+            other = [i for i in near if _stream(i.operation) != _stream(item.operation)]
+            near = (item, *other[:1])
+    return following[::-1]
 
 
 def _direction(name: str) -> Direction:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -19,20 +20,28 @@ RUNTIME, ANNOTATION = KINDS.index("runtime"), KINDS.index("annotation")
 ACTIVITIES = tuple(KINDS.index(kind) for kind in ("kernel", "memcpy", "memset"))
 
 # An iteration's number at the end of an annotation's name: ProfilerStep#12, step 12, iter_12.
-_NUMBER = re.compile(r"[#_ :\-]*\d+$")
+_DIGITS, _BEFORE_THEM = "0123456789", "#_ :-"
 # Annotations cover nearly the same launches if they differ by this share; then the longer ones are the steps.
 _ALIKE = 0.02
 # Of the periods between two occurrences of a launch, how many must be alike for it to mark a step.
 _REGULAR = 0.6
+# So many launches at regular distance are tried; what repeats is found within a few.
+_TRIED = 100
+# Annotations with more of a period between them than this share are parts of steps, whose last one is not seen to end.
+_APART = 0.05
 
 
 @dataclass(frozen=True)
 class Steps:
-    """`starts_ns`: where each step begins, and where the last one ends; `thread`: the one that runs the loop."""
+    """`starts_ns`: where each step begins, and where the last one ends; `thread`: the one that runs the loop.
+
+    `marks`: the annotations, by their place in the trace, that steps were found by.
+    """
 
     starts_ns: NDArray[np.int64]
     thread: int
     found_by: str
+    marks: frozenset[int] = frozenset()
 
 
 def refuse(trace: Trace, found: str, wanted: str) -> NoReturn:
@@ -71,55 +80,74 @@ def find_steps(trace: Trace) -> Steps:
 
 
 def _annotated(trace: Trace, launches: NDArray[np.int64]) -> Steps | None:
-    groups: dict[str, list[int]] = {}
-    for i in np.flatnonzero(trace.kind == ANNOTATION):
-        name = trace.names[trace.name[i]]
-        groups.setdefault(_NUMBER.sub("", name) or name, []).append(int(i))
+    found = np.flatnonzero(trace.kind == ANNOTATION)
     times = trace.start_ns[launches]
-    best: tuple[float, int, str] | None = None
-    for name, members in groups.items():
-        starts, ends = trace.start_ns[members], trace.end_ns[members]
-        inside = np.searchsorted(times, ends) - np.searchsorted(times, starts)
-        with_launches = int((inside > 0).sum())
-        if with_launches < max(MIN_STEPS, len(members) - 1):
+    inside = np.searchsorted(times, trace.end_ns[found]) - np.searchsorted(times, trace.start_ns[found])
+    lasted = trace.end_ns[found] - trace.start_ns[found]
+    best: tuple[float, int] | None = None
+    name, places = "", np.empty(0, np.int64)
+    for candidate, own in _named_alike(trace, found):
+        if np.count_nonzero(inside[own]) < max(MIN_STEPS, len(own) - 1):
             continue
-        share = float(inside.sum()) / len(launches)
-        candidate = (share, int((ends - starts).sum()), name)
-        if (
-            best is None
-            or candidate[0] > best[0] + _ALIKE
-            or (candidate[0] > best[0] - _ALIKE and candidate[1] > best[1])
-        ):
-            best = candidate
+        share, total = float(inside[own].sum()) / len(launches), int(lasted[own].sum())
+        if best is None or share > best[0] + _ALIKE or (share > best[0] - _ALIKE and total > best[1]):
+            best, name, places = (share, total), candidate, own
     if best is None:
         return None
-    name = best[2]
-    members = sorted(groups[name], key=lambda i: int(trace.start_ns[i]))
-    starts, ends = trace.start_ns[members], trace.end_ns[members]
-    if len(members) > 1 and (starts[1:] < ends[:-1]).any():
+    marks = _of_one_thread(trace, found[places], launches)
+    starts, ends = trace.start_ns[marks], trace.end_ns[marks]
+    if (starts[1:] < ends[:-1]).any():
         wanted = "steps one after the other: trace one loop of one thread, with one annotation around each of its steps"
         refuse(trace, f"steps that overlap (annotation {name!r})", wanted)
-    bounds = np.append(starts, ends[-1])
-    threads, counts = np.unique(trace.lane[members], return_counts=True)
-    return Steps(bounds, int(threads[counts.argmax()]), f"annotation {name!r}")
+    apart = np.median(starts[1:] - ends[:-1]) > _APART * np.median(np.diff(starts))
+    bounds = starts if apart else np.append(starts, ends[-1])
+    threads, counts = np.unique(trace.lane[marks], return_counts=True)
+    return Steps(bounds, int(threads[counts.argmax()]), f"annotation {name!r}", frozenset(marks.tolist()))
+
+
+def _named_alike(trace: Trace, annotations: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Names without an iteration's number, and the places in `annotations` of those that have it."""
+    names = {number: _without_number(trace.names[number]) for number in np.unique(trace.name[annotations]).tolist()}
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for place, number in enumerate(trace.name[annotations].tolist()):
+        groups[names[number]].append(place)
+    for name, places in groups.items():
+        if len(places) >= MIN_STEPS:
+            yield name, np.array(places)
+
+
+def _without_number(name: str) -> str:
+    bare = name.rstrip(_DIGITS)
+    return (bare.rstrip(_BEFORE_THEM) if bare != name else name) or name
+
+
+def _of_one_thread(trace: Trace, marks: NDArray[np.int64], launches: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The annotations of the only one of their threads that launches, if there is one such; else all."""
+    launching = np.intersect1d(trace.lane[marks], trace.lane[launches])
+    mine = marks[np.isin(trace.lane[marks], launching)]
+    return mine if len(launching) == 1 and len(mine) >= MIN_STEPS else marks
 
 
 def _periodic(trace: Trace, launches: NDArray[np.int64]) -> Steps:
     """Steps by the launch that occurs least often and at regular distance in the order of launches."""
     tokens = _tokens(trace, launches)
     values, inverse, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    by_token = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+    tried = 0
     for token in np.argsort(counts, kind="stable"):
-        if counts[token] < MIN_STEPS:
-            continue
-        places = np.flatnonzero(inverse == token)
+        places = by_token[token]
         distances = np.diff(places)
-        usual = int(np.median(distances))
+        if counts[token] < MIN_STEPS or np.mean(distances == (usual := int(np.median(distances)))) < _REGULAR:
+            continue
+        tried += 1
+        if tried > _TRIED:
+            break
         alike = [
             np.array_equal(tokens[a : a + usual], tokens[b : b + usual])
             for a, b in pairwise(places)
             if b + usual <= len(tokens)
         ]
-        if alike and np.mean(alike) >= _REGULAR and np.mean(distances == usual) >= _REGULAR:
+        if alike and np.mean(alike) >= _REGULAR:
             threads, per_thread = np.unique(trace.lane[launches], return_counts=True)
             anchor = trace.names[values[token] % len(trace.names)]
             starts = trace.start_ns[launches[places]]

@@ -23,7 +23,7 @@ COMPUTE, COPY_IN, COPY_OUT = 0, 1, 2
 
 def traced(draws: int = 1, **changed: float) -> Scales:
     """Scales that leave traced times as they are."""
-    neutral = {"host": 1, "event_ns": 0, "node_ns": 0, "device": 1, "gap_ns": 0, "added": 1, "throttle": 0}
+    neutral = {"host": 1, "event_ns": 0, "node_ns": 0, "device": 1, "gap_ns": 0, "added": 1, "throttle": 0, "timer": 1}
     arrays: dict[str, Any] = {name: np.full(draws, float(value)) for name, value in (neutral | changed).items()}
     return Scales(**arrays)
 

@@ -30,7 +30,7 @@ def summary(profile: LearnedProfile) -> dict[str, Any]:
         phases[operation.phase]["host_ms"] += host_ns(operation) / count / 1e6
         phases[operation.phase]["waits_ms"] += waited_ns(operation) / count / 1e6
     total = sum(phase["host_ms"] for phase in phases.values())
-    replayed = replay_traced(profile)
+    replayed = replay_traced(profile.steps, profile.launch_ns)
     step_ms, replayed_ms = traced_ms(profile), float(replayed.step_ns[0]) / 1e6
     return {
         "schema_version": SCHEMA_VERSION,

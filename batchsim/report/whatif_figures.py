@@ -105,7 +105,7 @@ def exposed(answer: Answer) -> go.Figure:
 
 def timelines(answer: Answer) -> go.Figure:
     """Some steps as traced, and as predicted for sync and async, under one another on one time scale."""
-    traced = replay_traced(answer.profile)
+    traced = replay_traced(answer.profile.steps, answer.profile.launch_ns)
     rows = [_row(f"<b>measured</b> \N{MIDDLE DOT} {answer.as_is}, with the profiler", traced.moments)]
     for name in dict.fromkeys((answer.as_is, "sync", "async")):
         if (found := answer.schedules.get(name)) is not None:

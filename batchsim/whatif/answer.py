@@ -62,6 +62,7 @@ class Answer:
     refused: dict[str, str]
     sentences: tuple[str, ...]
     conflict: float
+    host_scale: float
 
     def to_json(self) -> dict[str, Any]:
         """The answer as plain data."""
@@ -99,7 +100,7 @@ def whatif(
     steady = steady_step_ms or profile.steady_step_ms
     steps, known = fixed(plain(profile.steps), profile.phases_ms)
     traced_ns = sum(step.traced_ns for step in profile.steps) / len(profile.steps)
-    loop = Loop(steps, profile.launch_ns, profile.dense, traced_ns)
+    loop = Loop(steps, profile.launch_ns, profile.dense, traced_ns, is_overlapped(steps))
     scales, conflict = prior(profile.attention, known), 0.0
     if steady is not None:
         scales, conflict = informed(scales, loop, steady * 1e6)
@@ -118,7 +119,7 @@ def whatif(
         schedules[name] = asked.predict(changed, speed, now_ns, as_it_is=name == as_is and steady is not None)
         if progress is not None:
             progress((done + 1) / len(variants))
-    answer = Answer(profile, steady, as_is, schedules, refused, (), conflict)
+    answer = Answer(profile, steady, as_is, schedules, refused, (), conflict, float(np.median(scales.host)))
     told = [] if isinstance(tile, str) else [tile[1]]
     return replace(answer, sentences=(*sentences(answer), *told))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from zlib import crc32
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import norm, qmc, t
 
 from batchsim.learned import Kernels, Operation
@@ -28,6 +29,7 @@ NODE_NS = (20.0, 0.5)
 DEVICE = (1.0, 0.02)
 GAP_NS = (80.0, 0.5)
 ADDED = (1.0, 0.5)
+TIMER = (1.0, 0.1)  # Of timers around phases, whose means or medians are of other steps than the step's.
 # The host's scale has a heavy tail, degrees of freedom: a shared host may be three times as slow as a moment before.
 TAIL = 3.0
 # The untraced steps may come later than the traced ones, with longer contexts: in half of the draws the device takes
@@ -43,6 +45,7 @@ OFF = 0.01
 USUAL = 0.35
 HOST_BOUNDS = (0.02, 20.0)
 CLOSE = 1e-4
+BOUNDED = 0.95  # A device that is busy this share of the time bounds the loop.
 _ROUNDS = 30
 
 
@@ -54,6 +57,7 @@ class Loop:
     launch_ns: int
     dense: float
     traced_ns: float
+    overlapped: bool = False
 
     @property
     def kernels_ns(self) -> float:
@@ -65,7 +69,7 @@ class Loop:
 def prior(attention: float = 0.0, known: frozenset[str] = frozenset()) -> Scales:
     """Draws before the untraced step time is known."""
     seed = np.random.SeedSequence(0, spawn_key=(crc32(b"whatif"),))
-    normal = norm.ppf(np.clip(qmc.Sobol(8, seed=np.random.default_rng(seed)).random(DRAWS), 1e-6, 1 - 1e-6)).T
+    normal = norm.ppf(np.clip(qmc.Sobol(9, seed=np.random.default_rng(seed)).random(DRAWS), 1e-6, 1 - 1e-6)).T
 
     later = LATER + LATER_ATTENTION * attention
 
@@ -80,6 +84,7 @@ def prior(attention: float = 0.0, known: frozenset[str] = frozenset()) -> Scales
         gap_ns=lognormal(normal[4], *GAP_NS),
         added=lognormal(normal[5], *ADDED),
         throttle=np.maximum(THROTTLE[0] + THROTTLE[1] * normal[7], 0),
+        timer=lognormal(normal[8], *TIMER),
         known=known,
     )
 
@@ -90,9 +95,29 @@ def informed(scales: Scales, loop: Loop, step_ns: float) -> tuple[Scales, float]
     host, off = _solved(scales, loop, step_ns)
     # A scale is as plausible as its prior says; a step that no scale gives, by how far it is off.
     log_weight = t.logpdf(np.log(host / HOST[0]) / HOST[1], TAIL) - 0.5 * (off / OFF) ** 2
+    scales_then = replace(scales, host=host)
+    if loop.overlapped:
+        bounded, stretch = _stretched(scales, loop, step_ns)
+        scales_then = replace(
+            scales_then,
+            host=np.where(bounded, scales.host, host),
+            device=np.where(bounded, scales.device * stretch, scales.device),
+        )
+        likely = t.logpdf(np.log(scales.host / HOST[0]) / HOST[1], TAIL) - 0.5 * (np.log(stretch) / LATER) ** 2
+        log_weight = np.where(bounded, likely, log_weight)
+        off = np.where(bounded, 0.0, off)
     weight = np.exp(log_weight - log_weight.max())
     chosen = _resampled(weight / weight.sum())
-    return _taken(replace(scales, host=host), chosen), float(off[chosen].mean())
+    return _taken(scales_then, chosen), float(off[chosen].mean())
+
+
+def _stretched(scales: Scales, loop: Loop, step_ns: float) -> tuple[NDArray[np.bool_], Array]:
+    """Of which draws the device bounds a loop, and how much longer its time must be for the step to be `step_ns`.
+
+    Where host and device overlap, the step tells of the longer of the two, and of the host only where that is it.
+    """
+    now = replayed(loop.steps, scales, loop.launch_ns)
+    return now.busy > BOUNDED, step_ns / now.step_ns
 
 
 def _solved(scales: Scales, loop: Loop, step_ns: float) -> tuple[Array, Array]:

@@ -31,9 +31,9 @@ class Scales:
 
     Host time of an operation: `host` x (traced - `event_ns` x events); of a graph's launch, which a profiler makes many
     times as long, `host` x (`GRAPH_CALL_NS` + `node_ns` x nodes); of what a schedule adds, `host` x `added` x what is
-    assumed. Times of phases in `known` are untraced ones and stay. All are divided by `host_speed`. Device time:
-    `device` x (traced - `gap_ns` x nodes of a graph). `throttle`: how much longer dense matrix products take on a
-    device that never rests than on one that does.
+    assumed. Times of phases in `known` are untraced ones, true but for a factor `timer`. All are divided by
+    `host_speed`. Device time: `device` x (traced - `gap_ns` x nodes of a graph). `throttle`: how much longer dense
+    matrix products take on a device that never rests than on one that does.
     """
 
     host: Array
@@ -43,13 +43,14 @@ class Scales:
     gap_ns: Array
     added: Array
     throttle: Array
+    timer: Array
     known: frozenset[str] = frozenset()
     host_speed: float = 1.0
 
     def host_of(self, phase: str, ns: float | Array, events: int | Array) -> Array:
         traced = np.asarray(ns, float)[..., None]
         if phase in self.known:
-            return np.asarray(np.ones_like(self.host) / self.host_speed * traced)
+            return np.asarray(self.timer / self.host_speed * traced)
         if phase == ADDED:
             return np.asarray(self.host * self.added / self.host_speed * traced)
         if phase == LAUNCHED:  # half as uncertain, as a logarithm

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 CONFLICT = 0.02
 LARGE = 0.03
+DRIFT = 1.8
 
 
 def sentences(answer: Answer) -> Iterator[str]:
     """What the predictions come to, the loop as it is first."""
+    now = answer.schedules[answer.as_is]
     yield from _now(answer)
     yield from _overlap(answer)
     yield from _graphs(answer)
@@ -29,6 +31,14 @@ def sentences(answer: Answer) -> Iterator[str]:
         yield (
             f"The trace and the untraced step of {answer.steady_step_ms:.4g} ms do not go together: a replay of the "
             f"trace stays {answer.conflict:+.0%} off it; were they of the same batch, model and clocks?"
+        )
+    elif not 1 / DRIFT < answer.host_scale < DRIFT and now.host_ms > LARGE * now.step_ms:
+        slower = answer.host_scale > 1
+        times = answer.host_scale if slower else 1 / answer.host_scale
+        yield (
+            f"For the untraced step of {answer.steady_step_ms:.4g} ms the host would have been {times:.1f} times as "
+            f"{'slow' if slower else 'fast'} as in the trace, the profiler's share taken out: is it of the same loop, on "
+            "as quiet a machine?"
         )
 
 

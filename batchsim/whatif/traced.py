@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from batchsim.learned import LearnedProfile
+from batchsim.learned import LearnedProfile, Step
 from batchsim.whatif.replay import Replayed, Scales, replay
 
 
-def replay_traced(profile: LearnedProfile) -> Replayed:
+def replay_traced(steps: Sequence[Step], launch_ns: int) -> Replayed:
     """The traced steps replayed, with one draw and all of its moments."""
     one, none = np.ones(1), np.zeros(1)
     scales = Scales(
-        host=one, event_ns=none, node_ns=none, device=one, gap_ns=none, added=one, throttle=none,
-        known=frozenset(profile.phases),
+        host=one, event_ns=none, node_ns=none, device=one, gap_ns=none, added=one, throttle=none, timer=one,
+        known=frozenset(operation.phase for step in steps for operation in step.operations),
     )  # fmt: skip
-    steps = [step.operations for step in profile.steps]
-    return replay(steps, scales, profile.launch_ns, moments_of=0)
+    return replay([step.operations for step in steps], scales, launch_ns, moments_of=0)
 
 
 def traced_ms(profile: LearnedProfile) -> float:
