@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from batchsim.errors import shown
 from batchsim.learned import Copy, Kernels, LearnedProfile, Operation, Step, Wait, Work
-from batchsim.whatif.traced import replay_traced
+from batchsim.whatif.traced import matched, replay_traced
 from calibration.doubts import doubts
 from calibration.kineto import Trace
 from calibration.linked import Linked
@@ -55,6 +55,7 @@ def learn(trace: Trace, steady_step_ms: float | None = None) -> LearnedProfile:
         refuse(trace, f"a step whose {place} is {shown(what['input'])}", f"a trace as the profiler wrote it: {HOW}")
     if not learned:
         refuse(trace, f"steps in which nothing takes time ({steps.found_by})", f"steps of a loop: {HOW}")
+    learned, factor = matched(learned, linked.launch_ns)
     error = _replay_error(learned, linked.launch_ns)
     if abs(error) > REFUSED:
         wanted = (
@@ -63,6 +64,10 @@ def learn(trace: Trace, steady_step_ms: float | None = None) -> LearnedProfile:
         refuse(trace, f"steps that a replay of their own calls misses by {error:+.0%}", wanted)
     chains, told = mlp_chains(trace, steps, linked.queued_gap_ns)
     notes = [*linked.notes, *doubtful, *told]
+    if factor != 1.0:
+        notes.append(
+            f"kernels are taken {factor - 1:+.0%} longer than traced, for their steps to take as long as they did"
+        )
     if abs(error) > TOLD:
         notes.append(
             f"a replay of the traced calls misses the traced steps by {error:+.0%}; intervals do not count that"

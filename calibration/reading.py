@@ -33,6 +33,11 @@ class Placed:
     operation: Operation
     activity: int = -1
     awaits: int = -1
+    first: int = -1
+
+    def __post_init__(self) -> None:
+        if self.first < 0:
+            self.first = self.activity
 
 
 @dataclass
@@ -43,6 +48,7 @@ class _Burst:
     end: int = 0
     device_ns: list[int] = field(default_factory=list)
     activity: int = -1
+    first: int = -1
 
 
 class Reading:
@@ -81,6 +87,7 @@ class Reading:
                 burst.end = reached = call.end
                 burst.device_ns.append(self._duration(call.activities) + self.linked.queued_gap_ns)
                 burst.activity = int(call.activities[0])
+                burst.first = burst.activity if burst.first < 0 else burst.first
                 continue
             own = self._one(call, calls, i)
             if own is None:
@@ -97,29 +104,45 @@ class Reading:
     def _ordered(self, placed: list[Placed]) -> Iterator[Placed]:
         """The streams of waits between streams, which a trace does not name.
 
-        The one that waits is the next that something else is put on, and it waits for the one used last before. Where
-        the trace shows that it did not, the wait is left out.
+        The one that waits is that of the next launch, and it waits for the stream used last before, of those others
+        that were done when it began; several waits before one launch are for several streams. Where there is none, the
+        wait is left out.
         """
-        before: Placed | None = None
+        latest: dict[int, Placed] = {}  # of each stream, the one used last at the end
         following = _following(placed)
+        waited: set[tuple[int, int]] = set()
         for place, item in enumerate(placed):
             if item.activity >= 0:
-                before = item
+                stream = _stream(item.operation)
+                latest.pop(stream, None)
+                latest[stream] = item
             operation = item.operation
             if not isinstance(operation, StreamWait):
                 yield item
                 continue
-            on = -1 if before is None else int(self.trace.lane[before.activity])
-            after = next((i for i in following[place] if _stream(i.operation) != on), None)
-            if before is not None and after is not None and self._began(after) >= self._ended(before) - SKEW_NS:
+            after = following[place]
+            on = None if after is None else self._awaited(after, latest, waited)
+            if after is None or on is None:
+                yield self._working(item.start, item.end)
+            else:
+                waited.add((after.activity, on))
                 item.operation = operation.model_copy(update={"stream": _stream(after.operation), "on": on})
                 yield item
-            else:
-                yield self._working(item.start, item.end)
+
+    def _awaited(self, after: Placed, latest: dict[int, Placed], waited: set[tuple[int, int]]) -> int | None:
+        """The stream that `after` waits for."""
+        began = self._began(after) + SKEW_NS
+        for on in reversed(latest):
+            if (
+                on != _stream(after.operation)
+                and (after.activity, on) not in waited
+                and self._ended(latest[on]) <= began
+            ):
+                return on
+        return None
 
     def _began(self, item: Placed) -> int:
-        own = self.linked.activities(int(self.trace.correlation[item.activity]))
-        return int(self.trace.start_ns[own].min())
+        return int(self.trace.start_ns[self.linked.activities(int(self.trace.correlation[item.first]))].min())
 
     def _ended(self, item: Placed) -> int:
         return int(self.trace.end_ns[item.activity])
@@ -157,7 +180,7 @@ class Reading:
             events=[self.linked.events_between(a, b) for a, b in pairwise(bounds)],
             device_ns=burst.device_ns,
         )
-        return Placed(burst.starts[0], burst.end, kernels, burst.activity)
+        return Placed(burst.starts[0], burst.end, kernels, burst.activity, first=burst.first)
 
     def _graph(self, call: Call) -> Placed:
         trace, own = self.trace, call.activities
@@ -270,15 +293,13 @@ class Reading:
         return int(self.trace.end_ns[own[0]] - self.trace.start_ns[own[0]])
 
 
-def _following(placed: list[Placed]) -> list[tuple[Placed, ...]]:
-    """Of each operation, the next after it that puts something on a stream, and the next on another stream than that."""
-    following: list[tuple[Placed, ...]] = []
-    near: tuple[Placed, ...] = ()
+def _following(placed: list[Placed]) -> list[Placed | None]:
+    """Of each operation, the next after it that puts something on a stream."""
+    following: list[Placed | None] = []
+    near: Placed | None = None
     for item in reversed(placed):
         following.append(near)
-        if item.activity >= 0:
-            other = [i for i in near if _stream(i.operation) != _stream(item.operation)]
-            near = (item, *other[:1])
+        near = item if item.activity >= 0 else near
     return following[::-1]
 
 

@@ -37,8 +37,8 @@ def sentences(answer: Answer) -> Iterator[str]:
         times = answer.host_scale if slower else 1 / answer.host_scale
         yield (
             f"For the untraced step of {answer.steady_step_ms:.4g} ms the host would have been {times:.1f} times as "
-            f"{'slow' if slower else 'fast'} as in the trace, the profiler's share taken out: is it of the same loop, on "
-            "as quiet a machine?"
+            f"{'slow' if slower else 'fast'} as in the trace, the profiler's share taken out: is it of the same loop, "
+            "on as quiet a machine?"
         )
 
 
