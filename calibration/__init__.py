@@ -18,12 +18,13 @@ def record(
     """Record a loop of yours for `batchsim learn`: a profiler trace and the untraced step time, in one file.
 
         with calibration.record("run.trace.json.gz") as recording:
-            for batch in loop:  # 62 steps or more
+            for batch in loop:  # 60 steps or more
                 recording.step()  # at the start of each step; or `for batch in recording.steps(loop)`
                 with recording.phase("prepare"):  # optional
                     ...
 
-    See `calibration.recording.Recording`. PyTorch is imported at the call, not before.
+    See `calibration.recording.Recording` for the order of steps, and for what the file holds. PyTorch is imported at
+    the call, not before.
     """
     from calibration.recording import Recording
 

@@ -26,7 +26,8 @@ from calibration.reading import Placed, Reading
 from calibration.steps import HOW, MIN_STEPS, Steps, find_steps, refuse
 
 MAX_STEPS = 8
-OUTLIER = 2.0  # A step this many times as long as the median is not a steady one.
+OUTLIER = 2.0  # A step this many times as long as the median is not a steady one,
+TURNS = 0.25  # unless as many are.
 SHORT_NS = 20_000  # Host work this short after a wait is hardly any.
 # How far a replay of the traced times may be from the traced steps before it is told, and before it is refused.
 TOLD, REFUSED = 0.1, 0.3
@@ -134,7 +135,10 @@ def _steps(steps: Steps, placed: list[Placed]) -> list[Step]:
             operations.append(operation)
         made.append((cycle[-1].end - cycle[0].start, operations))
     usual = median([ns for ns, _ in made[1:]] or [0])
-    kept = [Step(traced_ns=ns, operations=operations) for ns, operations in made[1:] if ns <= OUTLIER * usual]
+    steady = [ns <= OUTLIER * usual for ns, _ in made[1:]]
+    # Where many are that long, long and short ones take turns.
+    turns = sum(steady) <= (1 - TURNS) * len(steady)
+    kept = [Step(traced_ns=ns, operations=o) for (ns, o), fits in zip(made[1:], steady, strict=True) if fits or turns]
     return kept[:MAX_STEPS]
 
 

@@ -1,8 +1,9 @@
-"""Recording a user's loop: some untraced steps, a few traced ones, untraced ones again; one file.
+"""Recording a user's loop: some untraced steps, then a few traced ones; one file.
 
 A profiler slows the host down, so a trace tells the structure of a step and the times of its kernels, and the untraced
-steps tell how long it takes. The file is the trace as torch.profiler writes it, with one more key in front,
-`batchsim`, which holds the rest.
+steps tell how long it takes. They come first: what a profiler attaches may stay attached when it has gone (on an H200,
+a graph launch then took 0.1 to 0.4 ms instead of 0.04). The file is the trace as torch.profiler writes it, with one
+more key in front, `batchsim`, which holds the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import gzip
 import json
 import os
-import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -26,12 +26,13 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from batchsim.errors import InputError, RunError
 from batchsim.files import beside, put
 from calibration.provenance import host_yardstick_ns, provenance
+from calibration.steady import Floats, turn_of
+from calibration.steps import MIN_STEPS
 
 T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 PROFILER_WARMUP = 2  # steps with the profiler on that it throws away: the first ones pay for its buffers
-SETTLE = 2  # steps after it has gone, until queues and caches are as they were
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 DEVICE_EVENTS = (b'"cat": "kernel"', b'"cat": "gpu_memcpy"')
 CHUNK_BYTES = 1 << 20
@@ -42,15 +43,21 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 class Recording:
     """A context manager around a loop, which calls `step` at the start of each of its steps.
 
-    Steps go by in this order: `warmup` that count for nothing; half of `timed`; 2 of the profiler's own warm-up;
-    `traced`; 2 to settle; the other half of `timed`. What comes after that costs next to nothing. Nothing waits for the
-    device on account of being timed or traced; the profiler itself does, when it starts and when it stops.
+    Steps go by in this order: `warmup` that count for nothing; `timed`; 2 of the profiler's own warm-up; `traced`. What
+    comes after that costs next to nothing. Nothing waits for the device on account of being timed or traced; the
+    profiler itself does, when it starts and when it stops. The process should not have been profiled before.
 
     The file, gzipped if its name ends in `.gz`, is written when the block ends, whole or not at all, and not if the
-    block ends by an exception. Its key `batchsim` holds `schema_version`, `steady_step_ms` (the median over the timed
-    steps, as are all that follow unless they say otherwise), `steady_step_ms_mean`, `steady_step_ms_quantiles`
-    (fraction: milliseconds), `before` and `after` (the medians before and after the traced steps), `steps` (how many
-    were timed), `traced_steps`, `phases_ms` (each phase's time in a step), `host_yardstick_ns` and a provenance.
+    block ends by an exception. Its key `batchsim` holds what `batchsim learn` and `whatif` take from it:
+
+    - `steady_step_ms`: the median of the timed steps, from one start to the next. Where long and short steps take
+      turns, of which a median tells nothing, the mean over a turn of each place's median; places that take more than
+      twice the usual are left out, as from the trace. `turn` is its length, 1 for most loops.
+    - `phases_ms`: each phase's wall time in a step, the same way. A phase may come several times in a step. What
+      phases inside it take is in it too, and what it waits for the device; whoever reads it takes both out.
+
+    and, to judge them by, `schema_version`, `steady_step_ms_mean` and `steady_step_ms_quantiles` (fraction:
+    milliseconds) of all timed steps, `steps` and `traced_steps`, `host_yardstick_ns` and a provenance.
 
     Raises (at the end of the block):
         RunError: there were too few steps, or the trace has no device events; in the second case the file is there.
@@ -61,18 +68,20 @@ class Recording:
     ) -> None:
         """`shapes` has the profiler note the shapes of operators' inputs, at some more cost to the traced host.
 
+        `batchsim learn` uses all traced steps but two, 8 at most: where steps differ by turns, trace whole turns and
+        two more.
+
         Raises:
             InputError: the path is a folder, or a number of steps is out of range.
         """
         self.path = Path(path)
         if self.path.is_dir():
             raise InputError(str(path), "", "a folder", "the name of the file to write, such as run.trace.json.gz")
-        for name, value, least in (("warmup", warmup, 0), ("timed", timed, 2), ("traced", traced, 1)):
+        for name, value, least in (("warmup", warmup, 0), ("timed", timed, 2), ("traced", traced, MIN_STEPS)):
             if value < least:
                 raise InputError("calibration.record", name, str(value), f"{least} or more")
-        self._before = range(warmup, warmup + timed // 2)
-        self._profiled = range(self._before.stop, self._before.stop + PROFILER_WARMUP + traced)
-        self._after = range(self._profiled.stop + SETTLE, self._profiled.stop + SETTLE + timed - timed // 2)
+        self._timed = range(warmup, warmup + timed)
+        self._profiled = range(self._timed.stop, self._timed.stop + PROFILER_WARMUP + traced)
         self._traced, self._shapes = traced, shapes
         self._profiler: profile | None = None
         self._step = -1  # the one that is under way
@@ -83,9 +92,10 @@ class Recording:
     @property
     def wanted(self) -> int:
         """How many steps a recording takes."""
-        return self._after.stop
+        return self._profiled.stop
 
     def __enter__(self) -> Self:
+        self._about = _about()
         self._yardstick_ns = host_yardstick_ns()
         return self
 
@@ -110,7 +120,7 @@ class Recording:
         if self._step >= self.wanted:
             return
         step = self._end_step()
-        self._timing = step in self._before or step in self._after
+        self._timing = step in self._timed
         if step == self._profiled.start:
             self._start()
         elif self._tracing:
@@ -159,9 +169,9 @@ class Recording:
         if seen < self.wanted:
             raise RunError(
                 f"{self.path}: not written, for the loop called recording.step() {seen} times and {self.wanted} are "
-                f"wanted ({self._before.start} to warm up, {len(self._before)} timed, {len(self._profiled)} under the "
-                f"profiler, {SETTLE} to settle, {len(self._after)} timed): let it run for longer, or ask for fewer "
-                "steps, as in calibration.record(path, warmup=3, timed=20, traced=4)"
+                f"wanted ({self._timed.start} to warm up, {len(self._timed)} timed, {len(self._profiled)} under the "
+                "profiler): let it run for longer, or ask for fewer steps, as in "
+                "calibration.record(path, warmup=3, timed=20, traced=6)"
             )
         assert self._profiler is not None
         descriptor, plain = beside(self.path)
@@ -178,22 +188,29 @@ class Recording:
                               "this PyTorch sees no CUDA device; record on the machine with the GPU"))  # fmt: skip
 
     def _summary(self) -> dict[str, Any]:
-        taken_ms = np.diff(np.array(self._starts_ns, dtype=np.int64)) / 1e6
-        before, after = taken_ms[self._before.start : self._before.stop], taken_ms[self._after.start : self._after.stop]
-        both = np.concatenate([before, after])
+        starts_ms = np.array(self._starts_ns, dtype=np.int64) / 1e6
+        timed_ms: Floats = np.diff(starts_ms)[self._timed.start : self._timed.stop]
+        turn = turn_of(timed_ms)
         return {
             "schema_version": SCHEMA_VERSION,
-            "steady_step_ms": float(np.median(both)),
-            "steady_step_ms_mean": float(both.mean()),
-            "steady_step_ms_quantiles": {str(q): float(np.quantile(both, q)) for q in QUANTILES},
-            "before": float(np.median(before)),
-            "after": float(np.median(after)),
-            "steps": len(both),
+            "steady_step_ms": turn.typical(timed_ms),
+            "turn": turn.length,
+            "steady_step_ms_mean": float(timed_ms.mean()),
+            "steady_step_ms_quantiles": {str(q): float(np.quantile(timed_ms, q)) for q in QUANTILES},
+            "steps": len(timed_ms),
             "traced_steps": self._traced,
-            "phases_ms": {name: timer.median_ms(len(both)) for name, timer in self._timers.items()},
+            "phases_ms": {name: turn.typical(timer.step_ms(len(timed_ms))) for name, timer in self._timers.items()},
             "host_yardstick_ns": {"before": self._yardstick_ns, "after": host_yardstick_ns()},
-            **provenance("cuda" if torch.cuda.is_available() else "cpu", "calibration.record"),
+            **self._about,
         }
+
+
+def _about() -> dict[str, Any]:
+    """Where a recording is made; the trace itself tells the driver."""
+    facts = provenance("cpu", "calibration.record")
+    if torch.cuda.is_available():
+        facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
 
 
 class _Timer:
@@ -219,9 +236,9 @@ class _Timer:
         self._steps_ns.append(self._step_ns)
         self._step_ns = 0
 
-    def median_ms(self, steps: int) -> float:
-        """The median over `steps` steps; those before the phase was first seen had none of it."""
-        return statistics.median(self._steps_ns + [0] * (steps - len(self._steps_ns))) / 1e6
+    def step_ms(self, steps: int) -> Floats:
+        """The time in each of `steps` steps; those before the phase was first seen had none of it."""
+        return np.array([0] * (steps - len(self._steps_ns)) + self._steps_ns) / 1e6
 
 
 def write_with_key(source: Path, target: Path, key: str, value: dict[str, Any]) -> bool:

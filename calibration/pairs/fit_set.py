@@ -45,12 +45,12 @@ FIT = (
     ),
     decode(
         partial(Pair, "decode_eager", "a small decode launched kernel by kernel: the host is the bottleneck, and "
-                "asynchrony gives it more to do", "nothing", annotation="steps"),
+                "asynchrony gives it more to do", "loses", annotation="steps"),
         batch=8, hidden=512, layers=8, context=64, care=5, graph=False,
     ),
     staged("scores", "an eager perceptron, device-bound, with some Python before and after", "gains",
            lambda lab: Scores(lab, rows=4096, width=2048, layers=12, care=8000), "none"),
-    staged("tiny_kernels", "tiny kernels launched one by one: nothing but launches to wait for", "nothing", TinyKernels,
+    staged("tiny_kernels", "tiny kernels launched one by one: nothing but launches to wait for", "loses", TinyKernels,
            "steps"),
     staged("images", "numpy makes images ready, large pageable copies, convolutions", "gains",
            lambda lab: Images(lab, batch=16, depth=4), "record"),

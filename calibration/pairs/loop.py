@@ -134,16 +134,17 @@ class Async(Late):
 
 
 Annotation = Literal["steps", "own", "none", "record"]
-Outlook = Literal["gains", "nothing"]
+Outlook = Literal["gains", "nothing", "loses"]
 
 
 @dataclass(frozen=True)
 class Pair:
     """A loop and its asynchronous twin.
 
-    `outlook` is what asynchrony gives by construction: `nothing` is less than 1.5% of the step, or a loss. A step time
-    is the mean over `period` steps, where steps differ by turns. `annotation` says how the traces mark their steps:
-    ProfilerStep#, annotations of the loop's own, nothing at all, or as `calibration.record` does.
+    `outlook` is what asynchrony gave on an H200, in medians over five rounds: `nothing` is less than 1.5% of the
+    synchronous step, either way. A step time is the mean over `period` steps, where steps differ by turns. `annotation`
+    says how the traces mark their steps: ProfilerStep#, annotations of the loop's own, nothing at all, or as
+    `calibration.record` does.
     """
 
     name: str

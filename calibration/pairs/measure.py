@@ -1,4 +1,8 @@
-"""One pair on the device at hand: step times of both loops by turns, then a trace of each."""
+"""One pair on the device at hand: step times of both loops by turns, and later a trace of each.
+
+What a profiler attaches may stay attached when it has gone, and makes launches longer: all pairs of a process are
+timed before the first one is traced.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +56,10 @@ class Runner:
 
 
 def measure(
-    pair: Pair, device: str, out: Path, *, rounds: int = 3, steps: int = 60, turn_ms: float = 200, traced: int = 10
+    pair: Pair, device: str, out: Path, *, rounds: int = 3, steps: int = 60, turn_ms: float = 200
 ) -> dict[str, Any]:
-    """Write `NAME.json`, `NAME_sync.trace.json.gz` and `NAME_async.trace.json.gz` to `out`; the first one's content.
+    """Time both loops by turns, and write `NAME.json` to `out`; its content: step times in milliseconds, `gain` (how
+    much shorter the asynchronous step is, as a fraction of the synchronous one), and whether both computed the same.
 
     A turn of a loop takes at least `steps` steps and `turn_ms`, unless that would be more than 500 steps.
     """
@@ -68,8 +73,6 @@ def measure(
         yardsticks.append(host_yardstick_ns())
         for way, runner in runners.items():
             times[way].append(runner.times_ms(steps, pair.period))
-    for way, runner in runners.items():
-        trace(runner, pair.annotation, out / f"{pair.name}_{way}.trace.json.gz", traced)
     found = {
         "name": pair.name,
         "description": pair.description,
@@ -85,6 +88,17 @@ def measure(
     }
     write_json(out / f"{pair.name}.json", found)
     return found
+
+
+def trace_both(pair: Pair, device: str, out: Path, steps: int = 10) -> None:
+    """Write `NAME_sync.trace.json.gz` and `NAME_async.trace.json.gz` to `out`, `steps` steady steps each."""
+    for loop, path in zip((pair.sync, pair.twin), traces_of(pair, out), strict=True):
+        trace(Runner(loop(Lab(device))), pair.annotation, path, steps)
+
+
+def traces_of(pair: Pair, out: Path) -> list[Path]:
+    """Where a pair's traces are, the synchronous loop's first."""
+    return [out / f"{pair.name}_{way}.trace.json.gz" for way in ("sync", "async")]
 
 
 def trace(runner: Runner, annotation: Annotation, path: Path, steps: int) -> None:

@@ -10,6 +10,10 @@ The model is a Llama shape with random weights (the defaults are the 1B one) or,
 folder. All requests are queued before the first step; decoding is greedy and never stops early. Needs transformers
 5.17 and, for --mode async, a CUDA GPU. Phases are those of transformers' own loop: `cb.prepare` (holding `schedule`
 and `build_inputs`), `cb.step/h2d_enqueue`, `cb.step/launch`, `cb.step/retrieve`, `cb.update` (holding `wait_tokens`).
+
+Untraced steps come first, in the same process as the traced ones but before them: CUPTI, which a profiler attaches,
+may stay attached when it has gone. On an H200 a graph launch then took 0.1 to 0.4 ms, not 0.04, and a synchronous step
+10 to 16% longer. Other untraced runs, such as the async one, want a process of their own.
 """
 
 from __future__ import annotations
@@ -17,18 +21,21 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import importlib.metadata
 import json
 import math
-import platform
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from batchsim.errors import RunError
+from batchsim.files import write_text
+from calibration.recipes.transformers_hooks import Steps, hook
+from calibration.recipes.transformers_model import about, build_model
 
 BLOCK_SIZE = 256
 
@@ -70,15 +77,6 @@ class Run:
         return None
 
 
-@dataclass
-class Steps:
-    """What the hooks note of one generation, in steps of the loop; times in nanoseconds of the host's clock."""
-
-    ends: list[int] = field(default_factory=list)
-    phases: dict[str, list[int]] = field(default_factory=dict)
-    events: list[tuple[Any, Any]] = field(default_factory=list)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run as the command line says; the report goes to --out or the standard output."""
     parser = _parser()
@@ -87,62 +85,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problem = run.problem(traced=options["trace_out"] is not None)
     if options["heads"] % options["kv_heads"] or options["hidden"] % options["heads"]:
         problem = "--hidden must be a multiple of --heads, and --heads of --kv-heads"
+    for name in ("out", "trace_out"):
+        if options[name] and options[name].is_dir():
+            problem = f"--{name.replace('_', '-')} must be a file, found the folder {options[name]}"
     if problem:
         parser.error(problem)
     try:
-        model = build_model(options)
-        report = {"mode": run.mode, "args": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}}
-        report |= about(model) | generate(model, run)
-        if options["trace_out"]:
-            report["profiled"] = generate(model, run, options["trace_out"])["timed"]
-    except (ImportError, RuntimeError, OSError, ValueError) as error:
-        sys.exit(f"transformers_batching: {error}")
-    text = json.dumps(report, indent=1) + "\n"
-    if options["out"]:
-        options["out"].write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+        report = _report(options, run)
+        text = json.dumps(report, indent=1) + "\n"
+        if options["out"]:
+            write_text(options["out"], text)
+        else:
+            sys.stdout.write(text)
+    except (ImportError, RunError, RuntimeError, OSError, ValueError) as error:
+        # transformers explains at length; its first line says it.
+        sys.exit(f"{parser.prog}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}")
 
 
-def build_model(options: dict[str, Any]) -> Any:
-    """The model, in bfloat16 on the device; random weights of a seed unless `model` names one."""
-    import torch
-    import transformers
-
-    device = torch.device(options["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(options["seed"])
-    if options["model"]:
-        model = transformers.AutoModelForCausalLM.from_pretrained(options["model"], dtype=dtype).to(device)
-    else:
-        config = transformers.LlamaConfig(
-            num_hidden_layers=options["layers"], hidden_size=options["hidden"], num_attention_heads=options["heads"],
-            num_key_value_heads=options["kv_heads"], intermediate_size=options["intermediate"],
-            vocab_size=options["vocab"], max_position_embeddings=131072, tie_word_embeddings=False,
-        )  # fmt: skip
-        with device:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if options["attention"] == "builtin":
-        from calibration.recipes.paged_attention import install
-
-        install(model)
-    else:
-        name = options["attention"]
-        model.set_attn_implementation(name if name.startswith("paged|") else f"paged|{name}")
-    return model.eval()
-
-
-def about(model: Any) -> dict[str, Any]:
-    """Versions, device and size, for the report."""
-    import torch
-
-    cuda = model.device.type == "cuda"
-    return {
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "device": torch.cuda.get_device_name(model.device) if cuda else "cpu",
-        "params": sum(parameter.numel() for parameter in model.parameters()),
-    }
+def _report(options: dict[str, Any], run: Run) -> dict[str, Any]:
+    """What has been run and how long it took: untraced (`timed`), and traced if that was asked for (`profiled`)."""
+    trace_out = options["trace_out"]
+    if trace_out:
+        trace_out.parent.mkdir(parents=True, exist_ok=True)
+    model = build_model(options)
+    if run.mode == "async" and model.device.type != "cuda":
+        raise RunError("asynchronous batching needs a CUDA GPU; choose --mode sync")
+    report = {"mode": run.mode, "args": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}}
+    report |= about(model) | generate(model, run)
+    if trace_out:
+        report["profiled"] = generate(model, run, trace_out)["timed"]
+    return report
 
 
 def generate(model: Any, run: Run, trace_out: Path | None = None) -> dict[str, Any]:
@@ -159,7 +131,7 @@ def generate(model: Any, run: Run, trace_out: Path | None = None) -> dict[str, A
     manager = _manager(model, run)
     steps = Steps()
     profiler = _profiler(run) if trace_out else None
-    _hook(manager, steps, run, profiler)
+    hook(manager, steps, profiler, range(run.profile_at, run.profile_at + run.profile_steps))
     manager.add_requests(prompts, max_new_tokens=run.traced_tokens if trace_out else run.new_tokens)
     begin = time.perf_counter_ns()
     manager.start()
@@ -216,74 +188,6 @@ def _profiler(run: Run) -> Any:
     return torch.profiler.profile(activities=activities, record_shapes=run.record_shapes)
 
 
-def _hook(manager: Any, steps: Steps, run: Run, profiler: Any) -> None:
-    """Time the phases of the manager's loop, and annotate them if there is a profiler."""
-    import torch
-
-    def phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        # The whole step is known from its ends; the loop's body also waits for requests that do not come.
-        spent = [] if name == "cb.step" else steps.phases.setdefault(name, [])
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            begin = time.perf_counter_ns()
-            try:
-                return function(*arguments, **options)
-            finally:
-                spent.append(time.perf_counter_ns() - begin)
-
-        def annotated(*arguments: Any, **options: Any) -> Any:
-            with torch.profiler.record_function(name):
-                return timed(*arguments, **options)
-
-        return timed if profiler is None else annotated
-
-    def hook(owner: Any, method: str, name: str) -> None:
-        setattr(owner, method, phase(name, getattr(owner, method)))
-
-    event: Any = torch.cuda.Event
-
-    def launch(stream: Any, compute: Callable[..., Any]) -> Callable[..., Any]:
-        def computed(*arguments: Any, **options: Any) -> Any:
-            pair = event(enable_timing=True), event(enable_timing=True)
-            pair[0].record(stream)
-            compute(*arguments, **options)
-            pair[1].record(stream)
-            steps.events.append(pair)
-
-        return compute if stream is None else computed
-
-    create, body = manager._create_batch_processor, phase("cb.step", manager._generation_loop_body)
-
-    def created() -> Any:
-        processor = create()
-        io, runner = processor.inputs_and_outputs, processor.model_runner
-        runner.compute_batch = launch(io.compute_stream, runner.compute_batch)
-        hook(processor.scheduler, "schedule_batch", "cb.prepare/schedule")
-        hook(io, "prepare_batch_tensors", "cb.prepare/build_inputs")
-        hook(processor, "prepare_next_batch", "cb.prepare")
-        hook(io, "get_model_kwargs", "cb.step/h2d_enqueue")
-        hook(runner, "compute_batch", "cb.step/launch")
-        hook(io, "retrieve_device_outputs", "cb.step/retrieve")
-        hook(io, "prepare_batch_update", "cb.update/wait_tokens")
-        hook(processor, "update_batch", "cb.update")
-        return processor
-
-    def stepped(processor: Any, bootstrapping: bool) -> bool:
-        before = manager.current_batch
-        # In the loop's own thread: the profiler sees the operations of the thread that starts it.
-        if profiler is not None and before == run.profile_at:
-            profiler.start()
-        goes_on: bool = body(processor, bootstrapping)
-        if manager.current_batch > before:
-            steps.ends.append(time.perf_counter_ns())
-            if profiler is not None and manager.current_batch == run.profile_at + run.profile_steps:
-                profiler.stop()
-        return goes_on
-
-    manager._create_batch_processor = created
-    manager._generation_loop_body = stepped
-
-
 def _resolved(manager: Any, processor: Any) -> dict[str, Any]:
     config = manager.continuous_batching_config
     names = ("use_async_batching", "use_cuda_graph", "max_blocks_per_request", "num_blocks", "max_batch_tokens",
@@ -318,8 +222,14 @@ def _timed(steps: Steps, run: Run, begin: int, wall_s: float, results: dict[str,
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # A sentence without the usage before it.
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m calibration.recipes.transformers_batching", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -347,9 +257,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() and len(text) <= 9 else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to 999999999, found {text!r}")
     return number
 
 
