@@ -20,6 +20,8 @@ _READ, _LEARNED = 0.7, 0.8
 _MAX_MS = 1e7  # Nearly three hours.
 _MIN_MS = 1e-4
 _CONFLICT = 0.5  # A replay that misses the untraced step by this much is of another loop.
+# A profiler makes a step so many times as long at most; a shared host without one may be slower so many times.
+_FASTEST, _SLOWEST = 50, 5
 
 TraceFile = Annotated[
     Path,
@@ -60,6 +62,8 @@ def learn(
         from batchsim.files import write_text
         from batchsim.report.learned import print_learned, summary
 
+        _check_traced(profile, "--steady-step-ms" if steady_step_ms is not None else str(trace))
+
         if as_json:
             print_json(summary(profile))
         else:
@@ -88,6 +92,8 @@ def whatif(
         _check_step(steady_step_ms)
         _check_file("--html", html, file)
         _check_file("--trace-out", trace_out, file)
+        if trace_out is not None and html is not None and trace_out.resolve() == html.resolve():
+            raise InputError("--trace-out", "", f"the file {trace_out} of --html", "another file")
         names = [name.strip() for name in trace_schedules.split(",")]
         with progress_bar(f"learning {file.name}") as progress:
             profile = _learned_or_loaded(file, steady_step_ms, host_phases, progress)
@@ -125,6 +131,15 @@ def _check_file(option: str, path: Path | None, read: Path) -> None:
         raise InputError(option, "", f"the folder {path}", "a file")
     if path is not None and path.exists() and read.exists() and path.samefile(read):
         raise InputError(option, "", f"the file {path} that is read", "another file")
+
+
+def _check_traced(profile: LearnedProfile, place: str) -> None:
+    from batchsim.whatif.traced import traced_ms
+
+    traced, steady = traced_ms(profile), profile.steady_step_ms
+    if steady is not None and not traced / _FASTEST <= steady <= traced * _SLOWEST:
+        wanted = f"the step of the loop that was traced, whose steps took {traced:.4g} ms with the profiler"
+        raise InputError(place, "", f"a step of {steady:.4g} ms", wanted)
 
 
 def _check_conflict(answer: Answer, place: str) -> None:
@@ -167,6 +182,7 @@ def _learned_or_loaded(
     _steady(str(file), "steady_step_ms", profile.steady_step_ms)
     if steady_step_ms is not None:
         profile = profile.model_copy(update={"steady_step_ms": steady_step_ms})
+    _check_phases(str(file), profile.phases_ms, profile)
     if host_phases is None:
         return profile
     from batchsim.whatif.timers import by_name, known_phases
@@ -224,7 +240,7 @@ def _learned(
         profile = profile.model_copy(update={"provenance": profile.provenance | {"phases_within": parents}})
     if timers is not None:
         return _with_timers(profile, str(host_phases), timers, parents)
-    if profile.phases_ms or "phases_ms" not in about:
+    if "phases_ms" not in about:
         return profile
     from batchsim.whatif.timers import checked, known_phases
 
@@ -260,8 +276,16 @@ def _with_timers(
 
 
 def _timed(profile: LearnedProfile, file: str, timers: dict[str, float], parents: dict[str, str]) -> LearnedProfile:
-    from batchsim.whatif.timers import check_sum, untraced
+    from batchsim.whatif.timers import untraced
 
     phases_ms, notes = untraced(profile, timers, parents)
-    check_sum(file, phases_ms, profile.steady_step_ms)
+    _check_phases(file, phases_ms, profile)
     return profile.model_copy(update={"phases_ms": phases_ms, "notes": [*profile.notes, *notes]})
+
+
+def _check_phases(file: str, phases_ms: dict[str, float], profile: LearnedProfile) -> None:
+    from batchsim.whatif.timers import check_sum
+    from batchsim.whatif.traced import traced_ms
+
+    # A profiler makes steps longer: where the untraced one is not known, it is no longer than the traced.
+    check_sum(file, phases_ms, profile.steady_step_ms or traced_ms(profile))

@@ -45,7 +45,7 @@ class Kernels(Measured):
     host_ns: list[Nanoseconds] = Field(min_length=1)
     events: list[Count] = Field(min_length=1)
     device_ns: list[Nanoseconds] = Field(min_length=1)
-    nodes: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    nodes: Annotated[int, Field(ge=1, le=10**5)] | None = None
     """Of a graph, its kernels and copies; None: launched kernel by kernel."""
 
     @model_validator(mode="after")

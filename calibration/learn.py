@@ -18,12 +18,13 @@ from pydantic import ValidationError
 from batchsim.errors import shown
 from batchsim.learned import Copy, Kernels, LearnedProfile, Operation, Step, Wait, Work
 from batchsim.whatif.traced import matched, replay_traced
-from calibration.doubts import doubts
+from calibration import doubts
 from calibration.kineto import Trace
 from calibration.linked import Linked
 from calibration.products import mlp_chains
 from calibration.reading import Placed, Reading
 from calibration.steps import HOW, MIN_STEPS, Steps, find_steps, refuse
+from calibration.targets import in_a_row
 
 MAX_STEPS = 8
 OUTLIER = 2.0  # A step this many times as long as the median is not a steady one,
@@ -45,10 +46,11 @@ def learn(trace: Trace, steady_step_ms: float | None = None) -> LearnedProfile:
     steps = find_steps(trace)
     if len(steps.starts_ns) - 1 < MIN_STEPS:
         refuse(trace, f"{len(steps.starts_ns) - 1} steps ({steps.found_by})", f"at least {MIN_STEPS}: trace more steps")
+    doubtful = doubts.of_ids(trace)
     linked = Linked(trace, steps)
     try:
         placed = Reading(linked).operations()
-        doubtful = doubts(linked, placed)
+        doubtful += doubts.of_steps(linked, placed)
         learned = _steps(steps, placed)
     except ValidationError as caught:
         what = caught.errors()[0]
@@ -64,7 +66,8 @@ def learn(trace: Trace, steady_step_ms: float | None = None) -> LearnedProfile:
         )
         refuse(trace, f"steps that a replay of their own calls misses by {error:+.0%}", wanted)
     chains, told = mlp_chains(trace, steps, linked.queued_gap_ns)
-    notes = [*linked.notes, *doubtful, *told]
+    # Where there is none, whoever asks what tiles would give is told why.
+    notes = [*linked.notes, *doubtful, *(told if chains else ())]
     if factor != 1.0:
         notes.append(
             f"kernels are taken {factor - 1:+.0%} longer than traced, for their steps to take as long as they did"
@@ -120,6 +123,7 @@ def _steps(steps: Steps, placed: list[Placed]) -> list[Step]:
             if item.activity >= 0:
                 where[item.activity] = number, position
     made: list[tuple[int, list[Operation]]] = []
+    unknown: set[int] = set()
     for number, cycle in enumerate(cycles):
         operations: list[Operation] = []
         for item in cycle:
@@ -127,6 +131,7 @@ def _steps(steps: Steps, placed: list[Placed]) -> list[Step]:
             if isinstance(operation, Wait):
                 at = where.get(item.awaits)
                 if at is None or at[0] > number:
+                    unknown.add(number)
                     operation = Work(
                         phase=operation.phase, ns=operation.host_ns + operation.waited_ns, events=operation.events
                     )
@@ -138,8 +143,12 @@ def _steps(steps: Steps, placed: list[Placed]) -> list[Step]:
     steady = [ns <= OUTLIER * usual for ns, _ in made[1:]]
     # Where many are that long, long and short ones take turns.
     turns = sum(steady) <= (1 - TURNS) * len(steady)
-    kept = [Step(traced_ns=ns, operations=o) for (ns, o), fits in zip(made[1:], steady, strict=True) if fits or turns]
-    return kept[:MAX_STEPS]
+    chosen = [number for number, fits in enumerate(steady, 1) if fits or turns]
+    # What the first steps wait for may be of steps before the recording.
+    sound = next((place for place, number in enumerate(chosen) if number not in unknown), 0)
+    chosen = chosen[sound:][:MAX_STEPS]
+    operations_of = in_a_row([operations for _, operations in made], chosen)
+    return [Step(traced_ns=made[i][0], operations=own) for i, own in zip(chosen, operations_of, strict=True)]
 
 
 def _cuts(steps: Steps, placed: list[Placed]) -> list[int]:

@@ -120,21 +120,23 @@ class Linked:
         queued: list[int] = []
         latency: list[int] = []
         ended: dict[int, int] = {}  # where the last activity of a stream was a kernel
+        reached = 0  # by all streams: a kernel that starts late on an idle one may have waited for another
         inside = self.launches[trace.start_ns[self.launches] >= self.window[0]][:SAMPLED]
         for launch in inside.tolist():
             own = self.activities(int(trace.correlation[launch]))
             lane = int(trace.lane[own[0]])
-            before = ended.pop(lane, None)
+            before, idle = ended.pop(lane, None), reached < trace.start_ns[launch]
+            reached = max(reached, int(trace.end_ns[own].max()))
             if trace.kind[own[0]] != KERNEL and len(own) == 1:
                 continue
             start = int(trace.start_ns[own].min())
             if len(own) > 1:
                 order = own[np.argsort(trace.start_ns[own], kind="stable")]
-                reached = np.maximum.accumulate(trace.end_ns[order])
-                in_graph += (trace.start_ns[order][1:] - reached[:-1]).clip(min=0).tolist()
+                done = np.maximum.accumulate(trace.end_ns[order])
+                in_graph += (trace.start_ns[order][1:] - done[:-1]).clip(min=0).tolist()
             elif before is not None and before > trace.end_ns[launch]:
                 queued.append(start - before)
-            elif before is not None and before < trace.start_ns[launch]:
+            elif before is not None and idle:
                 latency.append(start - int(trace.start_ns[launch]))
             ended[lane] = int(trace.end_ns[own].max())
         self.graph_gap_ns = max(int(median(in_graph)), 0) if in_graph else 0

@@ -20,6 +20,8 @@ from calibration.linked import MEMCPY, MEMCPY_OUT, MEMSET, Call, Linked
 SKEW_NS = 2_000  # Host and device clocks differ by about this much in a trace.
 STALLED_NS = 30_000  # A blocking copy that starts this long after its call may have waited for other work.
 WAKE_NS = 50_000  # A waiting host is awake this long after what it waited for, at the latest.
+ADJOINING_NS = 2_000  # A framework's wait for a copy from pageable memory follows it within this time.
+LOOKED_AT = 1_000  # What a wait is for is among so many that ended last.
 POLLS = 3  # So many queries of an event, one after the other, are a wait.
 
 
@@ -61,7 +63,7 @@ class Reading:
         """All operations from the first step to the last, in the host's order."""
         placed: list[Placed] = []
         burst: _Burst | None = None
-        reached = self.linked.window[0]
+        reached = waited = self.linked.window[0]
         calls = self.linked.calls()
         i = 0
 
@@ -79,7 +81,8 @@ class Reading:
             kernels = len(call.activities) and self.trace.kind[call.activities[0]] not in (MEMCPY, MEMSET)
             if kernels and len(call.activities) == 1:
                 stream, phase = int(self.trace.lane[call.activities[0]]), self.linked.phase_at(call.start)
-                if burst is None or (burst.stream, burst.phase) != (stream, phase):
+                same = burst is not None and (burst.stream, burst.phase) == (stream, phase)
+                if burst is None or not same or self._a_step_later(burst.starts[-1], call.start, waited):
                     close()
                     placed += self._work(reached, call.start)
                     burst = _Burst(phase, stream)
@@ -94,12 +97,20 @@ class Reading:
                 continue
             made, until, i = own
             close()
+            if any(isinstance(item.operation, Wait) for item in made):
+                waited = call.start
             placed += self._work(reached, made[0].start)
             placed += made
             reached = max(reached, until)
         close()
         placed += self._work(reached, self.linked.window[1])
         return list(self._ordered(placed))
+
+    def _a_step_later(self, before: int, now: int, waited: int) -> bool:
+        """Whether a step has begun in between, in a loop that has not waited since the one before it began."""
+        bounds = self.linked.steps.starts_ns
+        last = int(np.searchsorted(bounds, now, side="right")) - 1
+        return bool(before < bounds[last] and (last == 0 or waited < bounds[last - 1]))
 
     def _ordered(self, placed: list[Placed]) -> Iterator[Placed]:
         """The streams of waits between streams, which a trace does not name.
@@ -204,8 +215,11 @@ class Reading:
         name = trace.names[trace.name[own]]
         direction = _direction(name)
         begin, until = call.begin, call.until
-        sync = after < len(calls) and "Synchronize" in calls[after].name and calls[after].start < until
+        # The call that waits for the copy is in the same operator; without operators, right behind it.
+        within = max(until, call.end + ADJOINING_NS if "Pageable" in name else 0)
+        sync = after < len(calls) and "Synchronize" in calls[after].name and calls[after].start < within
         last = calls[after].end if sync else call.end
+        until = max(until, last) if sync else until
         start_ns, end_ns = int(trace.start_ns[own]), int(trace.end_ns[own])
         made: list[Placed] = []
         asleep, waits, blocks = 0, False, False
@@ -247,10 +261,9 @@ class Reading:
         """
         trace = self.trace
         target = -1
-        for place in range(int(np.searchsorted(self.linked.ends, end + SKEW_NS, side="right")) - 1, -1, -1):
-            candidate = int(self.linked.by_end[place])
-            launched = self.linked.launched_ns.get(int(trace.correlation[candidate]))
-            if candidate == up_to or launched is None or launched >= start:
+        last = int(np.searchsorted(self.linked.ends, end + SKEW_NS, side="right")) - 1
+        for candidate in self.linked.by_end[max(last - LOOKED_AT, 0) : last + 1][::-1].tolist():
+            if candidate == up_to or self._launched(candidate) >= start:
                 continue
             if target < 0:
                 target = candidate
@@ -271,10 +284,15 @@ class Reading:
     def _results(self, start: int, otherwise: int) -> int:
         """The copy of results that ended last before `start`, of those launched before."""
         trace, out = self.trace, self.linked.copies_out
-        for place in range(int(np.searchsorted(trace.end_ns[out], start, side="right")) - 1, -1, -1):
-            if self.linked.launched_ns.get(int(trace.correlation[out[place]]), start) < start:
-                return int(out[place])
+        last = int(np.searchsorted(trace.end_ns[out], start, side="right")) - 1
+        for candidate in out[max(last - LOOKED_AT, 0) : last + 1][::-1].tolist():
+            if self._launched(candidate) < start:
+                return int(candidate)
         return otherwise
+
+    def _launched(self, activity: int) -> int:
+        """When an activity was launched; what the trace has no launch of was so before the recording."""
+        return int(self.linked.launched_ns.get(int(self.trace.correlation[activity]), -1))
 
     def _work(self, start: int, end: int) -> Iterator[Placed]:
         """What the host computes in `[start, end)`, by phase."""

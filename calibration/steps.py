@@ -15,7 +15,10 @@ from batchsim.errors import InputError
 from calibration.kineto import KINDS, Trace
 
 MIN_STEPS = 4  # The first and the last of a trace are seldom whole.
-HOW = "`with calibration.record(FILE)` around the loop, or torch.profiler with ProfilerActivity.CPU and CUDA over 10 steps"
+HOW = (
+    "`with calibration.record(FILE)` around the loop, "
+    "or torch.profiler with ProfilerActivity.CPU and CUDA over 10 steps"
+)
 RUNTIME, ANNOTATION = KINDS.index("runtime"), KINDS.index("annotation")
 ACTIVITIES = tuple(KINDS.index(kind) for kind in ("kernel", "memcpy", "memset"))
 
@@ -86,7 +89,8 @@ def _annotated(trace: Trace, launches: NDArray[np.int64]) -> Steps | None:
     lasted = trace.end_ns[found] - trace.start_ns[found]
     best: tuple[float, int] | None = None
     name, places = "", np.empty(0, np.int64)
-    for candidate, own in _named_alike(trace, found):
+    for candidate, alike in _named_alike(trace, found):
+        own = _of_one_thread(trace, found, alike, launches)
         if np.count_nonzero(inside[own]) < max(MIN_STEPS, len(own) - 1):
             continue
         share, total = float(inside[own].sum()) / len(launches), int(lasted[own].sum())
@@ -94,7 +98,7 @@ def _annotated(trace: Trace, launches: NDArray[np.int64]) -> Steps | None:
             best, name, places = (share, total), candidate, own
     if best is None:
         return None
-    marks = _of_one_thread(trace, found[places], launches)
+    marks = found[places]
     starts, ends = trace.start_ns[marks], trace.end_ns[marks]
     if (starts[1:] < ends[:-1]).any():
         wanted = "steps one after the other: trace one loop of one thread, with one annotation around each of its steps"
@@ -118,14 +122,19 @@ def _named_alike(trace: Trace, annotations: NDArray[np.int64]) -> Iterator[tuple
 
 def _without_number(name: str) -> str:
     bare = name.rstrip(_DIGITS)
-    return (bare.rstrip(_BEFORE_THEM) if bare != name else name) or name
+    return (bare.rstrip(_BEFORE_THEM) if bare != name else name) or "#"
 
 
-def _of_one_thread(trace: Trace, marks: NDArray[np.int64], launches: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The annotations of the only one of their threads that launches, if there is one such; else all."""
-    launching = np.intersect1d(trace.lane[marks], trace.lane[launches])
-    mine = marks[np.isin(trace.lane[marks], launching)]
-    return mine if len(launching) == 1 and len(mine) >= MIN_STEPS else marks
+def _of_one_thread(
+    trace: Trace, annotations: NDArray[np.int64], places: NDArray[np.int64], launches: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The places of the annotations on the only one of their threads that launches, if there is one such; else all."""
+    lanes = trace.lane[annotations[places]]
+    if (lanes == lanes[0]).all():
+        return places
+    launching = np.intersect1d(lanes, trace.lane[launches])
+    mine = places[np.isin(lanes, launching)]
+    return mine if len(launching) == 1 and len(mine) >= MIN_STEPS else places
 
 
 def _periodic(trace: Trace, launches: NDArray[np.int64]) -> Steps:
@@ -134,10 +143,14 @@ def _periodic(trace: Trace, launches: NDArray[np.int64]) -> Steps:
     values, inverse, counts = np.unique(tokens, return_inverse=True, return_counts=True)
     by_token = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
     tried = 0
-    for token in np.argsort(counts, kind="stable"):
+    order = np.argsort(counts, kind="stable")
+    for token in order[counts[order] >= MIN_STEPS]:
         places = by_token[token]
         distances = np.diff(places)
-        if counts[token] < MIN_STEPS or np.mean(distances == (usual := int(np.median(distances)))) < _REGULAR:
+        usual = int(np.median(distances))
+        same = distances == usual
+        # So many of the periods, and so much of all that is launched in them.
+        if same.mean() < _REGULAR or same.sum() * usual < _REGULAR * distances.sum():
             continue
         tried += 1
         if tried > _TRIED:

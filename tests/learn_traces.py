@@ -1,15 +1,15 @@
 """Traces of made-up loops whose steps are known: a host and its device's streams, simulated, which write down what
 torch.profiler would.
 
-Times are nanoseconds. A loop is its `Step`, run by one of `SCHEDULES`, each of which calls a `Tracer` as an engine would
-call torch; a trace is the same whenever it is made.
+Times are nanoseconds. A loop is its `Step`, run by one of `SCHEDULES`, each of which calls a `Tracer` as an engine
+would call torch; a trace is the same whenever it is made.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +39,13 @@ class Tracer:
     """A host thread and in-order streams of one device.
 
     `event_ns`: what writing down an event of the host costs it. `jitter`: how much host work varies, as a share of it,
-    by `seed`.
+    by `seed`. `phases`: whether parts of a step are annotated.
     """
 
     event_ns: int = 0
     jitter: float = 0.0
     seed: int = 0
+    phases: bool = True
     device: int = 0
     now: int = 0
     thread: int = MAIN
@@ -66,8 +67,11 @@ class Tracer:
         yield
         self._host(category, name, start)
 
-    def op(self, name: str) -> Any:
+    def op(self, name: str) -> AbstractContextManager[None]:
         return self.around(name, "cpu_op")
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self.around(name) if self.phases else nullcontext()
 
     def launch(self, ns: int, *, stream: int = COMPUTE, name: str = "gemm", thread: int | None = None) -> None:
         """One kernel."""
@@ -91,7 +95,9 @@ class Tracer:
         """A blocking copy from the device, whose call returns when it is done."""
         with self.op("aten::to"), self.op("aten::_to_copy"):
             start, number = self._call("cudaMemcpyAsync", 0)
-            end = self._put("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", start + CALL_NS, ns, COMPUTE, number, size)
+            end = self._put(
+                "gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", start + CALL_NS, ns, COMPUTE, number, size
+            )
             self._until(end + WAKE_NS)
             self.synchronize()
 
@@ -107,10 +113,10 @@ class Tracer:
         start, number = self._call("cudaMemcpy", 0)
         self._until(self._put("gpu_memcpy", name, start + CALL_NS, ns, COMPUTE, number, size) + WAKE_NS)
 
-    def synchronize(self, call: str = "cudaStreamSynchronize") -> None:
-        """Wait for all that is on the device."""
+    def synchronize(self, call: str = "cudaStreamSynchronize", longer: int = 0) -> None:
+        """Wait for all that is on the device, and `longer`."""
         self._call(call, 0)
-        self._until(max([self.now, *self._free.values()]) + WAKE_NS)
+        self._until(max([self.now, *self._free.values()]) + WAKE_NS + longer)
 
     def record(self, stream: int = COMPUTE) -> Mark:
         self._call("cudaEventRecord", SHORT_CALL_NS)
@@ -126,18 +132,22 @@ class Tracer:
 
     def poll(self, mark: Mark, every_ns: int = 5_000) -> None:
         """Ask for an event again and again until it is there, three times at least."""
-        asked = 0
-        while asked < 3 or self.now < mark.time:
+        asked, there = 0, False
+        while asked < 3 or not there:
+            there = self.now >= mark.time
             self._call("cudaEventQuery", SHORT_CALL_NS)
             asked += 1
-            if self.now < mark.time:
-                self.now += every_ns
+            self.now += 0 if there else every_ns
 
-    def traced(self, folder: Path, *, zipped: bool = False) -> Trace:
-        return read_trace(self.save(folder, zipped=zipped))
+    def forget(self, until: int) -> None:
+        """Leave out what a recording that begins at `until` does not see: the host before, and what ended before."""
+        self.events = [
+            event for event in self.events
+            if event["args"].get("start_ns", event["args"].get("end_ns")) >= until
+        ]  # fmt: skip
 
-    def save(self, folder: Path, *, zipped: bool = False) -> Path:
-        return saved(folder, self.document(), zipped=zipped)
+    def traced(self, folder: Path) -> Trace:
+        return read_trace(saved(folder, self.document()))
 
     def document(self) -> dict[str, Any]:
         names = {"deviceProperties": [{"id": self.device, "name": "NVIDIA H200"}]}
@@ -176,7 +186,7 @@ class Tracer:
         args = {"device": self.device, "stream": stream, "correlation": number}
         if size is not None:
             args["bytes"] = size
-        self._event(category, name, start, start + ns, self.device, stream, args)
+        self._event(category, name, start, start + ns, self.device, stream, args | {"end_ns": start + ns})
         return start + ns
 
     def _event(self, category: str, name: str, start: int, end: int, pid: int, tid: int, args: dict[str, int]) -> None:
@@ -208,7 +218,7 @@ class Step:
 
 def forward(tracer: Tracer, step: Step) -> None:
     """Launch a step's kernels."""
-    with tracer.around("model"):
+    with tracer.phase("model"):
         if step.graph:
             tracer.graph(step.kernels)
             return
@@ -219,12 +229,12 @@ def forward(tracer: Tracer, step: Step) -> None:
 
 
 def read(tracer: Tracer, step: Step) -> None:
-    with tracer.around("read"):
+    with tracer.phase("read"):
         tracer.work(step.read)
 
 
 def prepare(tracer: Tracer, step: Step) -> None:
-    with tracer.around("prepare"):
+    with tracer.phase("prepare"):
         tracer.work(step.prepare)
 
 
@@ -279,18 +289,22 @@ SCHEDULES: dict[str, Schedule] = {"sync": sync, "async": overlapped, "rotated": 
 
 
 def run(
-    schedule: Schedule, step: Step, steps: int = 8, *, name: str | None = "ProfilerStep#{}", **how: Any
+    schedule: Schedule, step: Step, steps: int = 8, *, name: str | None = "ProfilerStep#{}", before: int = 3, **how: Any
 ) -> tuple[Tracer, list[int]]:
-    """The trace of a loop and the times at which its steps began and the last ended; `name` annotates them."""
+    """The trace of some steps of a loop, and the times at which they began and the last ended.
+
+    `name` annotates the steps. The recording begins when `before` steps have gone by.
+    """
     tracer = Tracer(**how)
     began: list[int] = []
     with ExitStack() as last:
-        for number, _ in enumerate(schedule(tracer, step, steps)):
+        for number, _ in enumerate(schedule(tracer, step, before + steps)):
             last.close()
             began.append(tracer.now)
             if name is not None:
                 last.enter_context(tracer.around(name.format(number)))
-    return tracer, [*began, tracer.now]
+    tracer.forget(began[before])
+    return tracer, [*began[before:], tracer.now]
 
 
 def step_ns(began: Sequence[int], of: int = 2) -> float:

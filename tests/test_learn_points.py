@@ -19,7 +19,7 @@ from calibration.pairs.catalogue import SETS
 
 FOLDER = Path(__file__).parents[1] / "calibration" / "validation" / "learn"
 CASES = {name: read_cases(FOLDER / name) for name in ("fit", "test")}
-MEGABYTES = 12
+MEGABYTES = 15
 
 # Of the test set, those that take little time to learn: all kinds of step marks, copies, streams and waits among them.
 CHOSEN = (

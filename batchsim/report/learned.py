@@ -11,7 +11,8 @@ from rich.text import Text
 
 from batchsim.learned import Copy, Kernels, LearnedProfile
 from batchsim.report.whatif_words import found_in, phase_label
-from batchsim.whatif.timers import host_ns, waited_ns
+from batchsim.whatif.phases import host_ns
+from batchsim.whatif.timers import waited_ns
 from batchsim.whatif.traced import replay_traced, traced_ms
 
 SCHEMA_VERSION = 1

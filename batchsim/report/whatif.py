@@ -84,11 +84,11 @@ def _table(answer: Answer) -> str:
 def _cells(found: Prediction, *, as_is: bool) -> list[str]:
     low, high = found.step_ms_interval
     least, most = found.throughput_gain_interval
-    gain = f'<span class="chip {_CHIPS[gains(found)]}">{found.throughput_gain:+.1%}</span>'
+    gain = f'<span class="chip {_CHIPS[gains(found)]}">{found.throughput_gain:+z.1%}</span>'
     return [
         ms(found.step_ms), "&ndash;" if as_is else gain, f"{ms(low)} to {ms(high)}",
-        "&ndash;" if as_is else f"{least:+.0%} to {most:+.0%}", f"{found.device_busy_fraction:.0%}", ms(found.host_ms),
-        "by turns" if found.bound_by == BY_TURNS else found.bound_by,
+        "&ndash;" if as_is else f"{least:+z.0%} to {most:+z.0%}", f"{found.device_busy_fraction:.0%}",
+        ms(found.host_ms), "by turns" if found.bound_by == BY_TURNS else found.bound_by,
     ]  # fmt: skip
 
 

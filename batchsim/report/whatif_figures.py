@@ -58,14 +58,14 @@ def steps(answer: Answer) -> go.Figure:
             "arrayminus": [max(each.step_ms - each.step_ms_interval[0], 0) for each in found.values()],
         },
         customdata=[
-            [f"{ms(each.step_ms_interval[0])} to {ms(each.step_ms_interval[1])}", f"{each.throughput_gain:+.1%}"]
+            [f"{ms(each.step_ms_interval[0])} to {ms(each.step_ms_interval[1])}", f"{each.throughput_gain:+z.1%}"]
             for each in found.values()
         ],
         hovertemplate="<b>%{y}</b> %{x:,.4g} ms a step (%{customdata[0]})<br>%{customdata[1]} throughput"
         "<extra></extra>",
     )  # fmt: skip
     for name, each in found.items():
-        gain = "as it is" if name == answer.as_is else f"{each.throughput_gain:+.0%}"
+        gain = "as it is" if name == answer.as_is else f"{each.throughput_gain:+z.0%}"
         _beside(figure, name, f"{ms(each.step_ms)} <span style='opacity:0.7'>{gain}</span>")
     reach = max(each.step_ms_interval[1] for each in found.values())
     figure.add_vline(found[answer.as_is].step_ms, line={"color": _AS_IS, "dash": "dot", "width": 1.5}, layer="below")

@@ -44,7 +44,7 @@ def _table(answer: Answer) -> Table:
     for name, found in in_order(answer).items():
         as_is = name == answer.as_is
         low, high = found.step_ms_interval
-        gain = Text("-" if as_is else f"{found.throughput_gain:+.1%}", style="" if as_is else gain_style(found))
+        gain = Text("-" if as_is else f"{found.throughput_gain:+z.1%}", style="" if as_is else gain_style(found))
         table.add_row(
             Text(f"{AS_IS if as_is else '  '}{name}"), ms(found.step_ms), f"{ms(low)} to {ms(high)}", gain,
             f"{found.device_busy_fraction:.0%}", ms(found.host_ms),

@@ -30,13 +30,17 @@ def headline(answer: Answer) -> str:
     if other is None:
         return f"As it is ({answer.as_is}), a step takes {now.step_ms:.4g} ms."
     low, high = other.step_ms_interval
-    change = f"{now.step_ms:.4g} \N{RIGHTWARDS ARROW} {other.step_ms:.4g} ms a step ({low:.4g} to {high:.4g})"
+    step = f"{other.step_ms:.4g} ms a step ({low:.4g} to {high:.4g})"
     gain = other.throughput_gain
     if answer.as_is == "async":
-        return f"The loop is asynchronous already; sync would take {change}, {gain:+.1%} throughput."
+        in_place = f"in place of {now.step_ms:.4g} ms, {gain:+z.1%} throughput"
+        return f"The loop is asynchronous already; sync would take {step} {in_place}."
+    change = f"{now.step_ms:.4g} \N{RIGHTWARDS ARROW} {step}"
     if abs(gain) <= NOTHING:
         return f"Async gives next to nothing: {change}."
-    return f"Async {'is faster' if gain > 0 else 'loses'}: {change}, {gain:+.1%} throughput."
+    low, high = other.throughput_gain_interval
+    verdict = "is faster" if gain > 0 else "loses"
+    return f"Async {'probably ' if low < 0 < high else ''}{verdict}: {change}, {gain:+z.1%} throughput."
 
 
 def in_order(answer: Answer) -> dict[str, Prediction]:

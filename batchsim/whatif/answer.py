@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from batchsim.learned import Kernels, LearnedProfile, Operation
+from batchsim.learned import LearnedProfile, Operation
 from batchsim.whatif.belief import Loop, drifted, informed, prior, warmed
 from batchsim.whatif.graphs import captured, has_graphs, one_by_one
 from batchsim.whatif.phases import fixed
@@ -167,9 +167,11 @@ class _Asked:
         if as_it_is and self.steady_ms is not None:
             middle = self.steady_ms * 1e6
         gain = np.percentile(now_ns / step_ns - 1, (5, 95))
-        typical = int(np.argsort(ended.step_ns)[len(now_ns) // 2])
+        usual_ns, host_ns, share = (float(np.median(each)) for each in (ended.step_ns, ended.host_ns, ended.busy))
+        # Where the step is known all draws have it, and differ in what is in it.
+        away = (np.abs(ended.step_ns - usual_ns) + np.abs(ended.host_ns - host_ns)) / usual_ns
+        typical = int(np.argmin(away + np.abs(ended.busy - share)))
         moments = replay(steps, scales, loop.launch_ns, moments_of=typical).moments
-        host_ns, share = float(np.median(ended.host_ns)), float(np.median(ended.busy))
         exposed = exposed_ns(moments)
         per_step = {phase: ns / len(steps) / 1e6 for phase, ns in exposed.items()}
         return Prediction(
@@ -179,7 +181,7 @@ class _Asked:
             throughput_gain_interval=(float(gain[0]), float(gain[1])),
             device_busy_fraction=share,
             host_ms=host_ns / 1e6,
-            bound_by=_bound(share, host_ns / float(np.median(ended.step_ns))),
+            bound_by=_bound(share, host_ns / usual_ns),
             exposed_ms={phase: ms for phase, ms in sorted(per_step.items(), key=lambda i: -i[1]) if ms >= 1e-3},
             moments=moments,
         )
@@ -201,20 +203,21 @@ def _residuals(draws: int) -> Array:
 
 
 def exposed_ns(moments: Sequence[Moment]) -> dict[str, float]:
-    """Host work by phase during which no kernels were under way, nanoseconds."""
-    device = sorted((m.start_ns, m.end_ns) for m in moments if m.what in ("kernels", "graph"))
+    """Host work by phase during which no kernels were under way, nanoseconds.
+
+    The steps follow themselves: kernels that outlast the last of them are under way as the first begins.
+    """
+    host = [moment for moment in moments if moment.lane == "host"]
+    period = max((m.end_ns for m in host), default=0.0) - min((m.start_ns for m in host), default=0.0)
+    kernels = [(m.start_ns, m.end_ns) for m in moments if m.what in ("kernels", "graph") and m.lane != "host"]
+    device = sorted((start - turn, end - turn) for start, end in kernels for turn in (period, 0.0))
     starts = np.array([start for start, _ in device])
     ends = np.maximum.accumulate(np.array([end for _, end in device])) if device else starts
     idle = np.stack((np.append(-np.inf, ends), np.append(starts, np.inf)), axis=1)
     idle = idle[idle[:, 1] > idle[:, 0]]
     exposed: defaultdict[str, float] = defaultdict(float)
-    for moment in moments:
-        if moment.lane == "host" and moment.what != "wait":
+    for moment in host:
+        if moment.what != "wait":
             overlap = np.minimum(idle[:, 1], moment.end_ns) - np.maximum(idle[:, 0], moment.start_ns)
             exposed[moment.what] += float(overlap.clip(min=0).sum())
     return dict(exposed)
-
-
-def kernels_of(steps: Steps) -> int:
-    """Kernels and graphs launched in a step, on average."""
-    return round(sum(len(o.host_ns) for step in steps for o in step if isinstance(o, Kernels)) / len(steps))

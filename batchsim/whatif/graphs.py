@@ -9,9 +9,10 @@ from batchsim.whatif.replay import LAUNCHED
 
 # Host work this long between two launches is somebody's own, and no part of a forward that could be captured.
 LAUNCHING_NS = 200_000
-NODE_GAP_NS = 350  # Between a graph's nodes: what of the traced gaps is not the profiler's.
-# Host time of one launch by a framework, an operator and its modules included, nanoseconds: 16,000 to 20,000 in
-# transformers' decoders, 7,000 to 15,000 in plain torch.
+# Between a graph's nodes, what of the traced gaps is not the profiler's; and the host's time of one launch by a
+# framework, an operator and its modules included. Both of loops that were run with graphs and without
+# (calibration/validation/learn/fit).
+NODE_GAP_NS = 350
 LAUNCH_HOST_NS = 15_000
 MIN_KERNELS = 8
 
@@ -22,7 +23,7 @@ def has_graphs(steps: Sequence[Sequence[Operation]]) -> bool:
 
 
 def captured(steps: Sequence[Sequence[Operation]], queued_gap_ns: int) -> list[list[Operation]] | None:
-    """The steps with the longest run of launches in each as one graph; None: there is none worth it.
+    """The steps with the longest run of launches in each as one graph of one stream; None: there is none worth it.
 
     `queued_gap_ns`: what is in a kernel's device time for the gap after it.
     """

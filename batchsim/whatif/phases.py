@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from batchsim.learned import Kernels, Operation, Wait, Work
-
-# A phase that waits for the device more than this share of its time has no host time of its own to be told.
-WAITING = 0.1
+from batchsim.learned import Kernels, Operation, Work
 
 
 def fixed(
@@ -19,12 +16,13 @@ def fixed(
     traced: defaultdict[str, float] = defaultdict(float)
     for step in steps:
         for operation in step:
-            traced[operation.phase] += _host_ns(operation) / len(steps)
+            traced[operation.phase] += host_ns(operation) / len(steps)
     ratios = {phase: ms * 1e6 / traced[phase] for phase, ms in phases_ms.items() if traced.get(phase)}
     return [[_scaled(o, ratios.get(o.phase)) for o in step] for step in steps], frozenset(ratios)
 
 
-def _host_ns(operation: Operation) -> float:
+def host_ns(operation: Operation) -> int:
+    """What the host works for an operation, as traced."""
     if isinstance(operation, Work):
         return operation.ns
     return sum(operation.host_ns) if isinstance(operation, Kernels) else operation.host_ns
@@ -38,10 +36,3 @@ def _scaled(operation: Operation, ratio: float | None) -> Operation:
     if isinstance(operation, Kernels):
         return operation.model_copy(update={"host_ns": [round(ns * ratio) for ns in operation.host_ns]})
     return operation.model_copy(update={"host_ns": round(operation.host_ns * ratio)})
-
-
-def waits(steps: Sequence[Sequence[Operation]], phase: str) -> bool:
-    """Whether a phase mostly waits for the device."""
-    own = sum(_host_ns(o) for step in steps for o in step if o.phase == phase)
-    waited = sum(o.waited_ns for step in steps for o in step if isinstance(o, Wait) and o.phase == phase)
-    return waited > WAITING * (own + waited)

@@ -69,7 +69,7 @@ def _overlap(answer: Answer) -> Iterator[str]:
         yield f"The loop is asynchronous already; read at once, its results would make a step {_ms(other)}."
         return
     other = answer.schedules["async"]
-    change = f"{now.step_ms:.4g} -> {_ms(other)}, {other.throughput_gain:+.1%} throughput"
+    change = f"{now.step_ms:.4g} -> {_ms(other)}, {other.throughput_gain:+z.1%} throughput"
     added = "its events, buffers, copies and the kernels that feed results back"
     if other.throughput_gain < -NOTHING:
         yield (
@@ -104,7 +104,7 @@ def _graphs(answer: Answer) -> Iterator[str]:
         if changed is not None:
             other = answer.schedules[f"{'sync' if answer.as_is == 'async' else 'async'}_{name}"]
             other_name = "sync" if answer.as_is == "async" else "async"
-            gain = f"{changed.throughput_gain:+.0%}"
+            gain = f"{changed.throughput_gain:+z.0%}"
             yield f"{what}: {now.step_ms:.4g} -> {_ms(changed)}, {gain}; {other_name} {_ms(other)}."
 
 

@@ -19,7 +19,8 @@ COPY_IN, COPY_OUT = 1001, 1002
 SMALL_BYTES = 65_536  # Up to here a blocking copy is an input among others, and goes with the others in one copy.
 PINNED_BYTES_PER_NS = 50.0  # A copy from pinned memory over PCIe 5 x16; measured in calibration/profiles (copies).
 # Host time that the asynchronous schedule adds to a step, nanoseconds: two pairs of buffers in turn, three events
-# recorded and two waited for on streams, copies issued.
+# recorded and two waited for on streams, copies issued. About what the host-bound pairs of calibration/pairs cost more
+# in their asynchronous twins.
 MACHINERY_NS = 60_000
 COPY_CALL_NS = 8_000
 # Kernels that carry a step's results over to the inputs of the next, on the device: transformers launches 8. In a
