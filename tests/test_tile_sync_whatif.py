@@ -38,8 +38,8 @@ def learned(trace: Trace) -> LearnedProfile:
 def profile_of(*mlps: TracedMlp, device: str = "NVIDIA H200") -> LearnedProfile:
     step = Step(traced_ns=1000, operations=[Work(phase="host", ns=1000, events=0)])
     return LearnedProfile(
-        source="made up", device=device, found_by="nothing", steps_in_trace=1, launch_ns=0, queued_gap_ns=0, graph_gap_ns=0,
-        replay_error=0.0, chains=list(mlps), provenance={}, steps=[step],
+        source="made up", device=device, found_by="nothing", steps_in_trace=1, launch_ns=0, queued_gap_ns=0,
+        graph_gap_ns=0, replay_error=0.0, chains=list(mlps), provenance={}, steps=[step],
     )  # fmt: skip
 
 
