@@ -25,7 +25,7 @@ DOCUMENTS = [run(schedule, STEP, 6)[0].document() for schedule in SCHEDULES.valu
 Event = dict[str, Any]
 Change = Callable[[list[Event]], None]
 
-numbers = st.one_of(
+numbers: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([0, -1, 1e300, -1e300, 2**63, 10**30, float("nan"), float("inf"), "12", "x", None, [], {}, True]),
     st.floats(-1e6, 1e13),
     st.integers(-(2**40), 2**53),
@@ -81,7 +81,8 @@ def changes(draw: st.DrawFn) -> Change:
             event["ts"], event["dur"] = events[0].get("ts"), 0
 
     draw_shift = draw(st.floats(-1e5, 1e5))
-    return draw(st.sampled_from([set_key, set_arg, drop_key, drop, twice, swap, rename, shift, same_time]))
+    change: Change = draw(st.sampled_from([set_key, set_arg, drop_key, drop, twice, swap, rename, shift, same_time]))
+    return change
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,10 +97,13 @@ def test_a_damaged_trace_gives_sound_figures_or_a_sentence(
         if damaged["traceEvents"]:
             change(damaged["traceEvents"])
     path = saved(tmp_path, damaged)
+    refused: InputError | None = None
     try:
         answer = whatif(learn(read_trace(path)), steady_step_ms)
     except InputError as error:
-        assert str(error).startswith(str(path)) and "\n" not in str(error)
+        refused = error
+    if refused is not None:
+        assert str(refused).startswith(str(path)) and "\n" not in str(refused)
         return
     assert answer.sentences
     for name, prediction in answer.schedules.items():
