@@ -391,8 +391,8 @@ def test_a_replay_of_the_traced_steps_takes_as_long_as_they_did(
 ) -> None:
     profile = learned(tmp_path, schedule, step, 10, name=name, event_ns=event_ns, jitter=jitter, seed=seed, before=20)
     traced_ns = sum(step.traced_ns for step in profile.steps) / len(profile.steps)
-    # Steps of the same work make up for one another; those that vary, one after the other, do not quite.
-    limit = 0.04 if jitter else 0.02
+    # A host that is nearly as fast as the device, or that varies, is many steps ahead before it is kept waiting.
+    limit = 0.05 if schedule is overlapped else 0.02
     assert abs(profile.replay_error) * traced_ns < max(limit * traced_ns, SHORT_NS)
     assert len({len(step.operations) for step in profile.steps}) == 1
 
