@@ -14,6 +14,8 @@ from batchsim.model import ModelShape
 from batchsim.operations import KernelSync
 from batchsim.tiles.level import TileLevel
 from calibration.executor.buffers import STAMPS, Buffers, Geometry, Inputs
+from calibration.executor.parallel import WHOLE, Share
+from calibration.executor.partition import stream_like_current
 
 # Takes a layer's normed input, its two weights, room for what is between them, and room for the output.
 TileMlp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -41,7 +43,8 @@ class Decoder:
     the cache. Batches that only decode are padded to the next of `graph_sizes`, of which `max_num_seqs` is always
     one, whether or not they run as graphs, so that both compute the same bits. Weights and the cache's first
     contents come from `seed`. On a GPU `dtype` is bfloat16 or float32, on the CPU any float type. Set
-    `tiles` to have forwards that ask for tile-synchronised kernels run them, on a GPU in bfloat16.
+    `tiles` to have forwards that ask for tile-synchronised kernels run them, on a GPU in bfloat16. With a `share`
+    it is one of several that compute the model of `shape` together; its own `shape` is then its share's.
 
     Raises ValueError for a shape or size that the kernels do not handle.
     """
@@ -49,14 +52,16 @@ class Decoder:
     def __init__(
         self, shape: ModelShape, *, device: str | torch.device, dtype: torch.dtype, seed: int, num_kv_blocks: int,
         block_size: int = 16, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
-        graph_sizes: Sequence[int] = (),
+        graph_sizes: Sequence[int] = (), share: Share = WHOLE,
     ) -> None:  # fmt: skip
+        whole, shape = shape, share.shape(shape)
         for value, name, least in ((shape.head_dim, "head_dim", 16), (block_size, "block_size", 16)):
             if value < least or value & (value - 1):
                 raise ValueError(f"{name} is {value}; it has to be a power of two, at least {least}")
         if shape.num_heads % shape.num_kv_heads:
             raise ValueError(f"{shape.num_heads} query heads cannot share {shape.num_kv_heads} key-value heads evenly")
         self.shape, self.device, self.dtype, self.seed = shape, torch.device(device), dtype, seed
+        self.share = share
         self.block_size, self.num_kv_blocks = block_size, num_kv_blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -71,16 +76,20 @@ class Decoder:
             max_tiles=rows // self.prefill_tile + max_num_seqs, table_width=-(-max_model_len // block_size),
         )  # fmt: skip
         with torch.inference_mode():
-            self._make_weights()
+            self._make_weights(whole)
             self._make_workspace(rows)
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self.tiles: TileLevel | None = None
         self._tile_mlps: dict[int, TileMlp | None] = {}
         self._pool: Any = None
+        self._capturing: torch.cuda.Stream | None = None  # None: torch's own for this
 
-    def _make_weights(self) -> None:
-        """Random weights, scaled so that the residual stream stays near unit variance through all layers."""
-        shape = self.shape
+    def _make_weights(self, whole: ModelShape) -> None:
+        """Random weights, scaled so that the residual stream stays near unit variance through all layers.
+
+        Of those of the `whole` model it keeps its share, drawn one layer at a time.
+        """
+        shape, share = self.shape, self.share
         generator = torch.Generator(self.device).manual_seed(self.seed)
 
         def normal(*size: int, mean: float = 0.0, std: float) -> Tensor:
@@ -95,18 +104,21 @@ class Decoder:
         residual_gain = 1 / math.sqrt(2 * shape.num_layers)
         self.embedding = normal(shape.vocab_size, shape.hidden_size, std=1.0)
         self.layers = [
-            Layer(
-                norm(),
-                matrix(shape.qkv_size, shape.hidden_size),
-                matrix(shape.hidden_size, shape.num_heads * shape.head_dim, residual_gain),
-                norm(),
-                matrix(2 * shape.intermediate_size, shape.hidden_size),
-                matrix(shape.hidden_size, shape.intermediate_size, residual_gain),
+            share.layer(
+                Layer(
+                    norm(),
+                    matrix(whole.qkv_size, whole.hidden_size),
+                    matrix(whole.hidden_size, whole.num_heads * whole.head_dim, residual_gain),
+                    norm(),
+                    matrix(2 * whole.intermediate_size, whole.hidden_size),
+                    matrix(whole.hidden_size, whole.intermediate_size, residual_gain),
+                ),
+                shape,
             )
             for _ in range(shape.num_layers)
         ]
         self.final_norm = norm()
-        self.head = matrix(shape.vocab_size, shape.hidden_size)
+        self.head = share.head(matrix(shape.vocab_size, shape.hidden_size))
         size = (2, self.num_kv_blocks, shape.num_kv_heads, self.block_size, shape.head_dim)
         self.caches = [torch.empty(size, dtype=self.dtype, device=self.device) for _ in range(shape.num_layers)]
         for cache in self.caches:
@@ -128,7 +140,7 @@ class Decoder:
         self.qkv = zeros(rows, shape.qkv_size)
         self.attended = zeros(rows, shape.num_heads * shape.head_dim)
         self.gate_up, self.inner = zeros(rows, 2 * shape.intermediate_size), zeros(rows, shape.intermediate_size)
-        self.chosen, self.logits = zeros(seqs, shape.hidden_size), zeros(seqs, shape.vocab_size)
+        self.chosen, self.logits = zeros(seqs, shape.hidden_size), zeros(seqs, shape.head_size)
         parts = max(size * self.splits(size) for size in range(1, seqs + 1)) * shape.num_heads
         self.scratch = zeros(parts * (shape.head_dim + 1), dtype=torch.float32)
 
@@ -187,7 +199,7 @@ class Decoder:
         return self._tile_mlps[rows]
 
     def _launch(self, slot: int, geometry: Geometry, mlp: TileMlp | None = None) -> None:
-        ops, buffers, eps = self.ops, self.buffers, self.shape.norm_eps
+        ops, buffers, eps, share = self.ops, self.buffers, self.shape.norm_eps, self.share
         inputs: Inputs = buffers.device(slot, geometry)
         tables, sampled = buffers.device_tables[slot], buffers.sampled
         rows, decodes = geometry.rows, geometry.decodes
@@ -206,6 +218,7 @@ class Decoder:
             if geometry.tiles:
                 ops.prefill_attention(qkv, inputs, self.prefill_tile, tables, cache, attended)
             torch.mm(attended, layer.output.t(), out=branch)
+            share.reduce(branch)
             ops.add_norm(branch, residual, layer.mlp_norm, eps, hidden)
             if mlp is not None:
                 mlp(hidden, layer.gate_up, layer.down, inner, branch)
@@ -213,6 +226,7 @@ class Decoder:
                 torch.mm(hidden, layer.gate_up.t(), out=gate_up)
                 ops.swiglu(gate_up, inner)
                 torch.mm(inner, layer.down.t(), out=branch)
+            share.reduce(branch)
             last = index + 1 == len(self.layers)
             weight = self.final_norm if last else self.layers[index + 1].attention_norm
             ops.add_norm(branch, residual, weight, eps, hidden)
@@ -223,7 +237,7 @@ class Decoder:
                 torch.index_select(hidden, 0, inputs.sample_rows, out=chosen)
                 hidden = chosen
             torch.mm(hidden, self.head.t(), out=logits)
-            torch.argmax(logits, 1, out=sampled[slot, STAMPS : STAMPS + geometry.samples])
+            share.choose(logits, sampled[slot, STAMPS : STAMPS + geometry.samples])
         ops.end(sampled, slot)
 
     def warm_up(self) -> None:
@@ -263,8 +277,10 @@ class Decoder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # One pool for all: graphs share it safely because they replay in order on one stream.
-        with torch.cuda.graph(graph, pool=self._pool):
+        # One pool for all: graphs share it safely because they replay in order on one stream. NCCL's own thread may
+        # query events meanwhile, which a capture allows other threads only so.
+        self._capturing = self._capturing or stream_like_current(self.device)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"):
             self._launch(slot, geometry, mlp)
         self._graphs[slot, geometry.rows, mlp is not None] = graph
         return graph

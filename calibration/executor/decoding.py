@@ -39,7 +39,8 @@ class Executor:
     """Runs programs on a decoder's device, with CUDA graphs for decoding batches or kernel by kernel.
 
     On the CPU each operation is complete when it returns and `graphs` is ignored: the same tokens, no overlap.
-    Copies of the first `timed_steps` steps of a run are timed; later ones have no span.
+    Copies of the first `timed_steps` steps of a run are timed; later ones have no span. With `sleeps` the host
+    leaves its core to others while it waits for the device.
 
     Why two slots are enough. A program touches a slot again only after it has synchronised on the copy out of the
     slot's last step and read its tokens (`async_`: Synchronize and Update of N precede the Schedule of N+2; `sync`:
@@ -50,10 +51,10 @@ class Executor:
     anew only after the wait on its last recording was enqueued.
     """
 
-    def __init__(self, decoder: Decoder, *, graphs: bool, timed_steps: int = 4096) -> None:
+    def __init__(self, decoder: Decoder, *, graphs: bool, timed_steps: int = 4096, sleeps: bool = False) -> None:
         self.decoder, self.graphs = decoder, graphs and decoder.device.type == "cuda"
-        self.timed_steps = timed_steps
-        self.streams = streams_of(decoder.device, timed_steps)
+        self.timed_steps, self.sleeps = timed_steps, sleeps
+        self.streams = streams_of(decoder.device, timed_steps, sleeps=sleeps)
 
     def run(
         self, program: Program, batcher: ContinuousBatcher, *, observe: Observer | None = None,

@@ -176,13 +176,13 @@ class Machine:
         self._forwards.append((operation.batch.index, stage, begin, end))
 
 
-def streams_of(device: torch.device, timed_steps: int) -> Streams:
-    """Streams for runs on `device`, of which `timed_steps` steps' copies are timed."""
+def streams_of(device: torch.device, timed_steps: int, *, sleeps: bool = False) -> Streams:
+    """Streams for runs on `device`, of which `timed_steps` steps' copies are timed; `sleeps` as `CudaStreams`."""
     if device.type != "cuda":
         return CpuStreams()
     from calibration.executor.kernels import stamp
 
-    return CudaStreams(device, stamp, 2 * timed_steps)
+    return CudaStreams(device, stamp, 2 * timed_steps, sleeps=sleeps)
 
 
 def _wait_until(deadline_ns: int, poll_ns: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from batchsim.operations import Stream
+from calibration.executor.partition import stream_like_current
 
 Interval = tuple[int, int]  # nanoseconds of the host's clock, perf_counter
 
@@ -64,13 +65,16 @@ class CpuStreams:
 class CudaStreams:
     """Three torch streams, reusable named events, and a map from the device's clock to the host's.
 
+    A host that waits for an event spins, or with `sleeps` leaves its core to others until the device interrupts it.
     `stamp` launches a kernel that writes the device's clock to a word. At most `timed_copies` copies of a run are
     timed, by events around them: on an idle stream the first event completes at once, so such an interval includes
     the host's few microseconds between recording it and issuing the copy.
     """
 
-    def __init__(self, device: torch.device, stamp: Callable[[Tensor], None], timed_copies: int) -> None:
-        self._device, self._stamp = device, stamp
+    def __init__(
+        self, device: torch.device, stamp: Callable[[Tensor], None], timed_copies: int, *, sleeps: bool = False
+    ) -> None:
+        self._device, self._stamp, self._sleeps = device, stamp, sleeps
         self._word = torch.zeros(1, dtype=torch.int64, device=device)
         names: tuple[Stream, ...] = ("compute", "copy_in", "copy_out")
         self._streams = {name: _stream(device) for name in names}
@@ -102,7 +106,7 @@ class CudaStreams:
     def record(self, event: str, stream: Stream) -> None:
         recorded = self._events.get(event)
         if recorded is None:
-            recorded = self._events[event] = _event(timing=False)
+            recorded = self._events[event] = _event(timing=False, blocking=self._sleeps)
         recorded.record(self._streams[stream])
 
     def wait(self, stream: Stream, event: str) -> None:
@@ -187,8 +191,8 @@ class CudaStreams:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream_like_current(device) or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _event(*, timing: bool) -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
+def _event(*, timing: bool, blocking: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timing, blocking=blocking)  # type: ignore[no-untyped-call]

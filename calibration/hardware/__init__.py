@@ -1,0 +1,1 @@
+"""Executions on other hardware: fewer multiprocessors, busier hosts, several devices."""
