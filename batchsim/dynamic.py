@@ -89,7 +89,7 @@ def simulate(
     if told is not None:
         results = {name: replace(result, partial=result.partial or told) for name, result in results.items()}
     provenance = {"profile": "the scenario's own table"} if profile is None else {
-        "profile": profile.name, **profile.provenance
+        "profile": profile.name, **profile.told
     }  # fmt: skip
     return Run(
         source="simulated",
@@ -169,7 +169,10 @@ def _serve(
             result, device_busy_fraction=whole.device_busy_fraction, launch_gap_fraction=whole.launch_gap_fraction,
             idle_ns=whole.idle_ns,
         )  # fmt: skip
-    warnings = dict.fromkeys(f"{schedule}: {what}" for each in costs for what in each.extrapolated())
+    found = [what for each in costs for what in each.extrapolated()]
+    if profile is not None and profile.transfer is not None:
+        found.append(profile.transfer.sentence)
+    warnings = dict.fromkeys(f"{schedule}: {what}" for what in found)
     result = replace(
         result, engine_s=engine_s, warnings=tuple(warnings), iterations=work["iterations"],
         decisions=work["decisions"], events=work["events"],

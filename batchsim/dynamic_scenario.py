@@ -14,6 +14,7 @@ from batchsim.batching.dynamic import DynamicBatcher, Requested
 from batchsim.dynamic_workload import DynamicWorkload
 from batchsim.errors import InputError
 from batchsim.fields import Count, Milliseconds, Model, Text, distinct, key_of
+from batchsim.hardware.device import HardwareKey
 from batchsim.model import SERVICES, EncoderShape
 from batchsim.refusal import Override, Refusals, refused
 from batchsim.service_times import MAX_BATCH, TableService
@@ -62,6 +63,8 @@ class DynamicScenario(Model):
     """What is served, at a profile's costs."""
     profile: Text | None = None
     """Measured costs: the name of a shipped profile, or the path of a JSON file relative to the scenario's."""
+    hardware: HardwareKey = None
+    """The device and host to predict for: a name of the catalogue, or a mapping; without it the profile's own."""
     costs: TableService | None = None
     """A table of service times, in place of model and profile."""
     workload: DynamicWorkload
@@ -127,7 +130,7 @@ class DynamicScenario(Model):
     @model_validator(mode="after")
     def _costs(self) -> Self:
         if self.costs is not None:
-            for key in ("model", "profile"):
+            for key in ("model", "profile", "hardware"):
                 if getattr(self, key) is not None:
                     wanted = "one of the two: costs take the place of a model's profile"
                     raise refused(f"{key} beside costs", wanted, key)

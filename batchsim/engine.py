@@ -131,12 +131,14 @@ def simulate(
     status: Callable[[str], None] | None = None,
     base: Path = Path(),
     num_kv_blocks: int | None = None,
+    watch: bool = True,
 ) -> Run:
     """Simulate every schedule of `scenario` at the costs of `profile`.
 
     `progress` is told the fraction done, and `status` in words at what. A trace's path is relative to `base`;
-    `num_kv_blocks` takes the place of what the scenario says of the KV cache's size. Interrupted by Ctrl-C,
-    what is done is returned and says so: at the iteration level also of the schedule that was running.
+    `num_kv_blocks` takes the place of what the scenario says of the KV cache's size. Without `watch` there are no spans
+    of a steady window, which takes less time. Interrupted by Ctrl-C, what is done is returned and says so: at the
+    iteration level also of the schedule that was running.
 
     Raises:
         InputError: the scenario cannot run on the profile's machine.
@@ -162,7 +164,7 @@ def simulate(
             check_requests(scenario, requests, num_kv_blocks)
             for position, schedule in enumerate(scenario.schedules):
                 tell = _scaled(progress, status, number * len(scenario.schedules) + position, total, schedule)
-                found = _serve(repetition, profile, schedule, requests, limits, tiles, tell, watch=number == 0)
+                found = _serve(repetition, profile, schedule, requests, limits, tiles, tell, watch=watch and number == 0)
                 result = _with_requests(found, scenario, requests.dropped)
                 if tell is not None:
                     tell(result.counts["requests"], len(requests), round(result.total_s * 1e9))
@@ -188,7 +190,7 @@ def simulate(
         scenario=scenario.model_dump(mode="json"),
         results=with_gains(results),
         windows=windows,
-        provenance={"batchsim": __version__, "profile": profile.name, **profile.provenance},
+        provenance={"batchsim": __version__, "profile": profile.name, **profile.told},
         served=served,
         slo=slo_of(scenario),
     )
@@ -268,8 +270,11 @@ def _serve(
         work = {"iterations": told.iterations, "decisions": told.iterations, "events": told.events}
     engine_s = time.perf_counter() - began
     warnings = [what for each in costs for what in each.extrapolated()]
+    if profile.transfer is not None:
+        warnings.append(profile.transfer.sentence)
     if schedule == "tile" and tiles is None:
-        warnings.append(f"no tile profile of {profile.provenance.get('device')}; its forwards run as under async")
+        device = profile.transfer.target if profile.transfer is not None else profile.provenance.get("device")
+        warnings.append(f"no tile profile of {device}; its forwards run as under async")
     elif schedule == "tile" and tiles is not None and not tiles.known:
         warnings.append(f"{tiles.profile.name} knows no MLP of {scenario.model}; its forwards run as under async")
     told_once = tuple(dict.fromkeys(f"{schedule}: {what}" for what in warnings))
@@ -320,6 +325,8 @@ def tile_level_of(scenario: Scenario, profile: Profile) -> TileLevel | None:
     """The tile level of a scenario that has the tile schedule, by the scenario's tile profile or its device's."""
     if "tile" not in scenario.schedules:
         return None
+    if profile.transfer is not None:
+        return None  # a tile profile is of one device
     if scenario.tile_profile is not None:
         tiles: TileProfile | None = load_tile_profile(scenario.tile_profile, key="tile_profile")
     else:

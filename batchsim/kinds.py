@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from batchsim import yaml_loader
 from batchsim.refusal import Override
@@ -38,12 +38,12 @@ class Kind:
         return found
 
     def costs(self, scenario: AnyScenario, base: Path) -> AnyProfile:
-        """The profile that a scenario names; None where its costs are its own."""
+        """The profile that a scenario names, on the hardware that it names; None where its costs are its own."""
         if scenario.profile is None:
             return None
         module, reader = self.profile
         found: AnyProfile = getattr(import_module(module), reader)(scenario.profile, base)
-        return found
+        return on_hardware(found, scenario)
 
     def simulate(self, scenario: AnyScenario, costs: AnyProfile, *, checks: bool = True, **options: Any) -> Run:
         """Every schedule of the scenario; `options` as `batchsim.engine.simulate` takes them.
@@ -85,6 +85,19 @@ def kind_of(path: Path) -> Kind:
     """The kind of the scenario in a file; where that says none that is known, the one whose reader says so."""
     kind = yaml_loader.load(path).data.get("kind")
     return KINDS.get(kind, KINDS["serving"]) if isinstance(kind, str) else KINDS["serving"]
+
+
+def on_hardware(profile: AnyProfile, scenario: AnyScenario) -> AnyProfile:
+    """The profile, transferred where the scenario names other hardware than its own.
+
+    Raises:
+        InputError: without a file; as `batchsim.hardware.transfer.transferred`.
+    """
+    if scenario.kind == "training" or (scenario.hardware is None and getattr(scenario, "tensor_parallel", 1) == 1):
+        return profile
+    from batchsim.hardware.transfer import for_scenario
+
+    return for_scenario(cast("Profile", profile), scenario)
 
 
 def check_memory(scenario: AnyScenario, costs: AnyProfile, base: Path) -> None:

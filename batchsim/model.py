@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """A Llama-shaped decoder: RMSNorm, RoPE, grouped-query attention, gated MLP, untied or tied LM head.
 
-    Sizes are counts of elements; `dtype_bytes` is the size of one weight, activation or KV element.
+    Sizes are counts of elements; `dtype_bytes` is the size of one weight, activation or KV element. `head_shares`: how
+    many devices divide the LM head among them, of which this is one.
     """
 
     name: str
@@ -23,6 +24,23 @@ class ModelShape:
     dtype_bytes: int = 2
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
+    head_shares: int = 1
+
+    def shard(self, devices: int) -> ModelShape:
+        """What each of `devices` holds that share the model: they divide its heads, the columns of its MLPs, and the
+        vocabulary of its LM head; `devices` divides the first two."""
+        return replace(
+            self,
+            num_heads=self.num_heads // devices,
+            num_kv_heads=self.num_kv_heads // devices,
+            intermediate_size=self.intermediate_size // devices,
+            head_shares=devices,
+        )
+
+    @property
+    def head_size(self) -> int:
+        """Rows of the LM head, one for each token of the vocabulary that it scores."""
+        return -(-self.vocab_size // self.head_shares)
 
     @property
     def qkv_size(self) -> int:
@@ -38,7 +56,8 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All weights: embedding, layers, final norm, LM head (untied)."""
-        return 2 * self.vocab_size * self.hidden_size + self.num_layers * self.layer_parameters + self.hidden_size
+        outer = (self.vocab_size + self.head_size) * self.hidden_size
+        return outer + self.num_layers * self.layer_parameters + self.hidden_size
 
     @property
     def weight_bytes(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -222,6 +223,26 @@ class KernelCounts(Measured):
         return self.per_layer + (0 < decode_rows <= self.split_rows)
 
 
+class Transfer(Measured):
+    """Where the costs of a profile come from that was transferred from the device that it was measured on to another.
+
+    `hardware` is the target's name, `tensor_parallel` how many such devices share the model. `spread`: by part (decode,
+    prefill, host, copies) the relative standard deviation of what the transfer multiplied the measured times with.
+    """
+
+    source: str
+    target: str
+    hardware: str
+    tensor_parallel: PositiveInt = 1
+    spread: dict[str, NonNegativeFloat]
+
+    @property
+    def sentence(self) -> str:
+        """For a result's warnings."""
+        devices = f"{self.tensor_parallel} x " if self.tensor_parallel > 1 else ""
+        return f"transferred from {self.source} to {devices}{self.target}"
+
+
 class Profile(Measured):
     """Everything measured for one model on one machine. Loops are named `sync/graph`, `async/eager` and so on.
 
@@ -240,6 +261,14 @@ class Profile(Measured):
     device: DeviceFit
     copies: list[dict[str, Any]]
     cells: list[dict[str, Any]]
+    transfer: Annotated[Transfer | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What results say of where their costs come from."""
+        if self.transfer is None:
+            return self.provenance
+        return {**self.provenance, "transfer": self.transfer.model_dump(mode="json")}
 
 
 def line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -260,11 +289,17 @@ def load_profile(name: str, base: Path | None = None) -> Profile:
 
 
 def parsed(model: type[AnyProfile], text: str, source: str) -> AnyProfile:
-    """A profile of one kind from JSON text; `source` is what errors name.
+    """A profile of one kind from JSON text; `source` is what errors name. The same text is parsed once.
 
     Raises:
         InputError: it is not one.
     """
+    found: AnyProfile = _parsed(model, text, source)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _parsed(model: type[BaseModel], text: str, source: str) -> Any:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

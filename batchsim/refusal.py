@@ -93,7 +93,8 @@ class Refusals:
             case "missing":
                 found, wanted = "nothing", self._wanted(schema)
             case "extra_forbidden":
-                found, wanted = self._unknown_key(path, self._locate(detail["loc"][:-1], document.data)[1])
+                parent = self._mapping(self._locate(detail["loc"][:-1], document.data)[1])
+                found, wanted = self._unknown_key(path, parent)
             case "union_tag_not_found" | "union_tag_invalid":
                 # The kind is missing or wrong: nothing else in the mapping can be judged.
                 kind = detail["input"].get("kind")
@@ -159,7 +160,8 @@ class Refusals:
                 ahead = array.get("prefixItems", ())
                 schema = self._plain(ahead[part] if part < len(ahead) else array.get("items", {}))
             else:
-                schema = self._plain(schema.get("properties", {}).get(part, {}))
+                schema = self._mapping(schema)
+                schema = self._plain(schema.get("properties", {}).get(part) or _any_key(schema))
             match value:
                 case dict() if isinstance(part, str):
                     value = value.get(part, _MISSING)
@@ -180,6 +182,11 @@ class Refusals:
             if len(some) != 1:
                 return schema
             (schema,) = some
+
+    def _mapping(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The schema itself, or of a name or a mapping the mapping."""
+        options = [self._plain(option) for option in schema.get("anyOf", ())]
+        return next((option for option in options if option.get("type") == "object"), schema)
 
     def _wanted(self, schema: dict[str, Any], value: object = None) -> str:
         """What the schema asks for, in words."""
@@ -220,7 +227,7 @@ class Refusals:
                 return f"a list of one or more of {self._entries(schema['items'])}"
             case _:
                 keys = schema.get("required") or schema.get("properties", ())
-                return f"a mapping with {', '.join(keys)}"
+                return f"a mapping with {', '.join(keys)}" if keys else "a mapping"
 
     def _entries(self, schema: dict[str, Any]) -> str:
         schema = self._plain(schema)
@@ -234,6 +241,12 @@ def _branches(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The alternatives of a union, by their `kind`; none of any other schema."""
     mapping = schema.get("discriminator", {}).get("mapping", {})
     return {kind: {"$ref": reference} for kind, reference in mapping.items()}
+
+
+def _any_key(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the values of a mapping that takes keys of the user's own."""
+    found = schema.get("additionalProperties")
+    return found if isinstance(found, dict) else {}
 
 
 def _array(schema: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from batchsim import fields, yaml_loader
 from batchsim.batching.continuous import kv_blocks, max_tokens
 from batchsim.errors import InputError, shown
 from batchsim.fields import Milliseconds, Model, Text, distinct, key_of
-from batchsim.model import MODELS
+from batchsim.hardware.device import HardwareKey, TensorParallel
+from batchsim.model import MODELS, ModelShape
 from batchsim.refusal import Override, Refusals, refused
 from batchsim.router import ROUTERS
 from batchsim.schedules import SCHEDULES
@@ -64,6 +65,10 @@ class Scenario(Model):
     """Measured costs: the name of a shipped profile, or the path of a JSON file relative to the scenario's."""
     tile_profile: Text | None = None
     """For the tile schedule, measured costs of tiles: a shipped name or a path; without it those of the same device."""
+    hardware: HardwareKey = None
+    """The device and host to predict for: a name of the catalogue, or a mapping; without it the profile's own."""
+    tensor_parallel: TensorParallel = 1
+    """Devices that share each replica: its heads, the columns of its MLPs, and its KV cache are divided among them."""
     workload: Workload
     """The requests, and when they arrive."""
     schedules: Annotated[
@@ -138,6 +143,21 @@ class Scenario(Model):
             raise refused(f"{self.replicas} with max_concurrency", wanted, "replicas")
         return self
 
+    @model_validator(mode="after")
+    def _divided(self) -> Self:
+        shape, devices = MODELS[self.model], self.tensor_parallel
+        sizes = {"heads": shape.num_heads, "key and value heads": shape.num_kv_heads, "columns": shape.intermediate_size}
+        for what, size in sizes.items():
+            if size % devices:
+                found = f"{devices}, which does not divide the {size} {what} of {self.model}"
+                raise refused(found, "a divisor of it", "tensor_parallel")
+        return self
+
+    @property
+    def shard(self) -> ModelShape:
+        """What one device holds of the model."""
+        return MODELS[self.model].shard(self.tensor_parallel)
+
     @property
     def all_at_once(self) -> bool:
         """Whether equal requests are all there at the start."""
@@ -163,24 +183,28 @@ def parse(text: str, file: str = "scenario", sets: Iterable[str | Override] = ()
 
 
 def scenario_json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a scenario file of any kind, for editors and other programs."""
+    """The JSON schema (draft 2020-12) of a scenario, a sweep or a plan, for editors and other programs."""
     from batchsim.dynamic_scenario import DynamicScenario
+    from batchsim.plan.spec import Plan
+    from batchsim.sweep.spec import SweepSpec
     from batchsim.tiles.scenario import TilesScenario
     from batchsim.training_scenario import TrainingScenario
 
-    kinds = Scenario | DynamicScenario | TrainingScenario | TilesScenario
+    kinds = Scenario | DynamicScenario | TrainingScenario | TilesScenario | SweepSpec | Plan
     every: TypeAdapter[Any] = TypeAdapter(Annotated[kinds, Field(discriminator="kind")])
     return {**fields.DRAFT, **every.json_schema(), "title": "BatchSim scenario"}
 
 
 def num_kv_blocks(scenario: Scenario, device_memory_bytes: int) -> int:
-    """Blocks of each replica's KV cache.
+    """Blocks of each replica's KV cache, of which each of its devices holds a share.
+
+    `kv_cache_bytes` of a scenario is what one device gives for it.
 
     Raises:
         InputError: without a file; `InputError.within` adds it. The weights alone exceed the device, or nothing is left
             for the cache.
     """
-    model = MODELS[scenario.model]
+    model = scenario.shard
     device, block = f"the device's {_gb(device_memory_bytes)}", scenario.block_size * model.kv_bytes_per_token
     if model.weight_bytes > device_memory_bytes:
         found = f"{model.name} with {_gb(model.weight_bytes)} of weights"
@@ -219,7 +243,7 @@ def check_memory(scenario: Scenario, device_memory_bytes: int) -> None:
     given = scenario.kv_cache_bytes is not None or scenario.gpu_memory_utilization is not None
     if given or not (scenario.all_at_once and isinstance(workload, FixedWorkload)):
         return
-    model = MODELS[scenario.model]
+    model = scenario.shard
     need = kv_blocks(max_tokens(workload.input_len, workload.output_len), scenario.block_size)
     request = need * scenario.block_size * model.kv_bytes_per_token
     running = min(-(-workload.num_prompts // scenario.replicas), scenario.max_num_seqs)

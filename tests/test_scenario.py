@@ -15,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from batchsim import yaml_loader
 from batchsim.errors import InputError
 from batchsim.kinds import KINDS
 from batchsim.model import MODELS
+from batchsim.plan.spec import read as read_plan
 from batchsim.refusal import Override
 from batchsim.router import ROUTERS
 from batchsim.scenario import Scenario, check_memory, check_requests, num_kv_blocks, parse, scenario_json_schema
 from batchsim.schedules import SCHEDULES
+from batchsim.sweep.run import read as read_sweep
 from batchsim.tiles.scenario import load as load_tiles
 from batchsim.workload import requests_of
 from batchsim.workload_scenario import FixedWorkload
@@ -110,6 +113,10 @@ def test_shipped_scenarios_load_and_name_their_schema(path: Path) -> None:
     kind = yaml.safe_load(path.read_text())["kind"]
     if kind == "tiles":
         load_tiles(path)
+    elif kind == "sweep":
+        read_sweep(path, draws=0)
+    elif kind == "plan":
+        read_plan(yaml_loader.load(path), str(path))
     else:
         KINDS[kind].load(path, ())
     assert path.read_text().startswith("# yaml-language-server: $schema=scenario.schema.json\n")
@@ -282,7 +289,7 @@ def test_a_typo_in_a_key_is_refused_with_the_key_that_was_meant(
             {"kind": "trainin"},
             "kind",
             "the string 'trainin'",
-            "serving, dynamic, training or tiles (the nearest: training)",
+            "serving, dynamic, training, tiles, sweep or plan (the nearest: training)",
         ),
         (
             {"max_num_seqs": 512, "max_num_batched_tokens": 511},

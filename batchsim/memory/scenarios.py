@@ -15,7 +15,7 @@ from batchsim.memory.allocator import fits
 from batchsim.memory.breakdown import Breakdown, Need, break_down, framework_of, largest, usage_of
 from batchsim.memory.overheads import Library
 from batchsim.memory.tape import Tape
-from batchsim.model import MODELS, SERVICES, TRAINED, EncoderShape
+from batchsim.model import SERVICES, TRAINED, EncoderShape
 from batchsim.scenario import Scenario, num_kv_blocks
 from batchsim.service_times import MAX_BATCH
 from batchsim.workload import requests_of
@@ -80,7 +80,7 @@ def _serving(scenario: Scenario, device_bytes: int, library: Library, base: Path
     """
     requests = requests_of(scenario.workload, seed=scenario.seed, replication=scenario.replication, base=base)
     tokens = int((requests.prompt_tokens + requests.output_tokens).max()) + 1
-    shape, running = MODELS[scenario.model], min(-(-len(requests) // scenario.replicas), scenario.max_num_seqs)
+    shape, running = scenario.shard, min(-(-len(requests) // scenario.replicas), scenario.max_num_seqs)
     given = scenario.kv_cache_bytes is not None or scenario.gpu_memory_utilization is not None
     kernels = 0
     if scenario.cuda_graphs:

@@ -76,7 +76,7 @@ def tape(serving: Serving) -> Tape:
         ):  # fmt: skip
             found.new("parameters", elements * size)
     found.new("parameters", shape.hidden_size * size)
-    found.new("parameters", shape.vocab_size * shape.hidden_size * size)
+    found.new("parameters", shape.head_size * shape.hidden_size * size)
     for _ in range(shape.num_layers):
         found.new("KV cache", serving.num_kv_blocks * serving.block_size * shape.kv_bytes_per_token // shape.num_layers)
     for _ in ("cos", "sin"):
@@ -91,7 +91,7 @@ def tape(serving: Serving) -> Tape:
     ):
         found.new("activations", rows * columns * size)
     found.new("activations", seqs * shape.hidden_size * size)
-    found.new("logits", seqs * shape.vocab_size * size)
+    found.new("logits", seqs * shape.head_size * size)
     parts = max(rows_ * splits(shape, rows_) for rows_ in range(1, seqs + 1)) * shape.num_heads
     found.new("activations", parts * (shape.head_dim + 1) * 4)
 
