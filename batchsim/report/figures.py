@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import plotly.graph_objects as go
@@ -270,6 +270,14 @@ def _marker(stage: str) -> dict[str, object]:
 
 def _pattern(shape: str, colour: str) -> dict[str, object]:
     return {"shape": shape, "fillmode": "overlay", "fgcolor": colour, "size": 5, "solidity": 0.25}
+
+
+def looks(stages: Iterable[str]) -> dict[str, dict[str, object]]:
+    """How bars of these stages are drawn, in the order of a step: label, marker, and the colour of letters on them."""
+    return {
+        stage: {"label": stage_label(stage), "marker": _marker(stage), "ink": _ink(stage)}
+        for stage in sorted(set(stages), key=_order)
+    }
 
 
 def _duration(ns: int) -> str:

@@ -16,8 +16,8 @@ from batchsim.report.style import SCRIPT, STYLE
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def document(title: str, body: Iterable[str], plots: dict[str, go.Figure]) -> str:
-    """A whole page; `plots` are drawn into the elements that `plot` makes."""
+def document(title: str, body: Iterable[str], plots: dict[str, go.Figure], style: str = "", script: str = "") -> str:
+    """A whole page; `plots` are drawn into the elements that `plot` makes; `style` and `script` are the page's own."""
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -25,13 +25,13 @@ def document(title: str, body: Iterable[str], plots: dict[str, go.Figure]) -> st
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escaped(title)} - BatchSim</title>",
-            f"<style>{STYLE}</style>",
+            f"<style>{STYLE}{style}</style>",
             f"<script>{get_plotlyjs()}</script>",
             "</head><body><main>",
             *body,
             "</main>",
-            _plot_data(plots),
-            f"<script>{SCRIPT}</script>",
+            embedded("plots", {name: figure.to_plotly_json() for name, figure in plots.items()}),
+            f"<script>{SCRIPT}{script}</script>",
             "</body></html>\n",
         ]
     )
@@ -73,8 +73,7 @@ def as_yaml(value: object) -> str:
     return f"<pre>{escaped(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100).rstrip())}</pre>"
 
 
-def _plot_data(plots: dict[str, go.Figure]) -> str:
-    """The figures as JSON; `<` is escaped, so that no text in them can end the script element."""
-    data = {name: figure.to_plotly_json() for name, figure in plots.items()}
-    written = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return f'<script type="application/json" id="plots">{written}</script>'
+def embedded(name: str, value: object) -> str:
+    """`value` as JSON in the element `name`; `<` is escaped, so that no text in it can end the element."""
+    written = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{written}</script>'

@@ -12,7 +12,7 @@ from batchsim.report.shown import (
     Metric,
     definitions_of,
     error_text,
-    half_width,
+    interval_text,
     shown,
     stage_label,
     unit,
@@ -169,7 +169,7 @@ def _groups(predicted: Run, measured: Run | None) -> list[tuple[str, list[Metric
 
 def _cells(metric: Metric, name: str, predicted: Run, measured: Run | None) -> str:
     left = _all_figures(predicted.results[name])
-    width = half_width(predicted.results[name], metric) if metric.key in left else ""
+    width = interval_text(predicted.results[name], metric) if metric.key in left else ""
     cells = [_number(left.get(metric.key), metric.format) + (f" <small>{width}</small>" if width else "")]
     if measured is not None:
         truth = measured.results.get(name)

@@ -141,10 +141,27 @@ def ms_text(ms: float) -> str:
     return f"{ms:,.{0 if ms >= 100 else 1 if ms >= 10 else 2}f} ms"
 
 
-def half_width(result: ScheduleResult, metric: Metric) -> str:
-    """`±0.3`, the half width of a figure's interval in the metric's format; empty where it has none."""
+def interval_text(result: ScheduleResult, metric: Metric) -> str:
+    """`[2.1, 2.6]`, a figure's 90% interval in the metric's format; without one `±0.3`, half that of the mean of
+    replications; empty where it has neither."""
+    if (found := result.interval_90.get(metric.key)) is not None:
+        low, high = (format(each, metric.format) for each in found)
+        return f"[{low}, {high}]" if low != high else ""
     width = result.interval.get(metric.key)
     return "" if width is None else f"\N{PLUS-MINUS SIGN}{width:{metric.format.removeprefix('+')}}"
+
+
+def held_text(predicted: Run, measured: Run) -> str:
+    """How many of the measured figures are inside their 90% intervals; empty where there are none."""
+    inside = [
+        low <= value <= high
+        for name, result in predicted.results.items()
+        if name in measured.results
+        for key, value in shown(measured.results[name]).items()
+        if key in result.interval_90
+        for low, high in [result.interval_90[key]]
+    ]
+    return f"{sum(inside)} of {len(inside)} measured figures are inside their 90% intervals." if inside else ""
 
 
 def _rounded(value: float, digits: int) -> float:

@@ -18,7 +18,8 @@ from batchsim.report.shown import (
     compared,
     definitions_of,
     error_text,
-    half_width,
+    held_text,
+    interval_text,
     shown,
     stage_label,
     varied,
@@ -66,10 +67,13 @@ def print_run(console: Console, predicted: Run, measured: Run | None = None) -> 
     console.print(_title(predicted, measured))
     console.print(Text(headline(predicted, measured), style="bold"))
     for alert in alerts(runs):
-        console.print(_bullet("\N{WARNING SIGN} ", alert, style="bold red"))
+        console.print(bullet("\N{WARNING SIGN} ", alert, style="bold red"))
     console.print()
     if measured is None:
-        console.print(_figures(predicted), "", sep="\n")
+        names = list(predicted.results)
+        abreast = _SCHEDULES_ABREAST if any(result.interval_90 for result in predicted.results.values()) else len(names)
+        for first in range(0, len(names), abreast):
+            console.print(_figures(predicted, names[first : first + abreast]), "", sep="\n")
         if varied(predicted):
             for result in predicted.results.values():
                 console.print(_latencies(result), "", sep="\n")
@@ -81,15 +85,17 @@ def print_run(console: Console, predicted: Run, measured: Run | None = None) -> 
             for table in (_comparison, _stages, _idle_comparison):
                 console.print(table(predicted, measured, some), "", sep="\n")
         console.print(Text(agreement(predicted, measured)))
+        if held := held_text(predicted, measured):
+            console.print(Text(held))
         console.print()
     for sentence in causes(measured or predicted):
-        console.print(_bullet("\N{BULLET} ", sentence))
+        console.print(bullet("\N{BULLET} ", sentence))
     console.print()
     for warning in unique_warnings(runs):
-        console.print(_bullet("warning: ", warning, style="yellow"))
+        console.print(bullet("warning: ", warning, style="yellow"))
     for key, definition in definitions_of(predicted).items():
         if key not in _NOT_PRINTED:
-            console.print(_bullet(f"{key}: ", definition, style="dim"))
+            console.print(bullet(f"{key}: ", definition, style="dim"))
     if varied(predicted):
         for line in effort(predicted):
             console.print(Text(line, style="dim"))
@@ -111,10 +117,10 @@ def _table(first: str) -> Table:
     return table
 
 
-def _figures(run: Run) -> Table:
+def _figures(run: Run, names: list[str]) -> Table:
     """One row a metric, one column a schedule."""
     table = _table("")
-    found = {name: shown(result) for name, result in run.results.items()}
+    found = {name: shown(run.results[name]) for name in names}
     for name in found:
         table.add_column(name, justify="right", header_style="bold", min_width=10)
     for metric in (*METRICS, *REQUEST_METRICS) if varied(run) else METRICS:
@@ -123,7 +129,7 @@ def _figures(run: Run) -> Table:
             for cell, (name, values) in zip(cells, found.items(), strict=True):
                 if metric.key == "gain_over_sync":
                     cell.stylize(_gain_style(values.get(metric.key)))
-                if metric.key in values and (width := half_width(run.results[name], metric)):
+                if metric.key in values and (width := interval_text(run.results[name], metric)):
                     cell.append(f" {width}", style="dim")
             table.add_row(metric.label, *cells, end_section=metric.key in _ENDS)
     if varied(run) and any("preemptions" in result.counts for result in run.results.values()):
@@ -142,7 +148,16 @@ def _latencies(result: ScheduleResult) -> Table:
         table.add_column(statistic, justify="right", header_style="bold", min_width=9)
     for name, statistics in result.latency_ms.items():
         table.add_row(LATENCY_NAMES[name], *(_number(statistics.get(statistic), ",.2f") for statistic in STATISTICS))
+        ends = {statistic: result.interval_90.get(f"latency_ms.{name}.{statistic}") for statistic in statistics}
+        if any(ends.values()):
+            cells = (_half(ends.get(statistic), statistics.get(statistic, 0.0)) for statistic in STATISTICS)
+            table.add_row("  90%", *cells, style="dim")
     return table
+
+
+def _half(ends: tuple[float, float] | None, value: float) -> str:
+    """Half an interval, in percent of the value in it."""
+    return f"\N{PLUS-MINUS SIGN}{(ends[1] - ends[0]) / 2 / value:.0%}" if ends and value else ""
 
 
 def _idle(run: Run) -> Table:
@@ -258,7 +273,7 @@ def _gain_style(gain: float | None) -> str:
     return "bold green" if gain > 0 else "bold red"
 
 
-def _bullet(mark: str, text: str, style: str = "") -> Table:
+def bullet(mark: str, text: str, style: str = "") -> Table:
     """`text` wrapped beside `mark`, its lines aligned."""
     grid = Table.grid(padding=0)
     grid.add_column(no_wrap=True)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from batchsim.report.terminal import bullet
 from batchsim.report.whatif_words import BY_TURNS, DEFINITIONS, found_in, gains, headline, in_order, ms
 from batchsim.whatif.answer import Answer, Prediction
 
@@ -24,15 +25,15 @@ def print_whatif(console: Console, answer: Answer) -> None:
     console.print(_table(answer), "", sep="\n")
     console.print(_bars(answer), "", sep="\n")
     for sentence in answer.sentences:
-        console.print(_bullet("\N{BULLET} ", sentence))
+        console.print(bullet("\N{BULLET} ", sentence))
     for schedule, reason in answer.refused.items():
-        console.print(_bullet("\N{BULLET} ", f"{schedule} is not predicted: {reason}."))
+        console.print(bullet("\N{BULLET} ", f"{schedule} is not predicted: {reason}."))
     for note in answer.profile.notes:
-        console.print(_bullet("note: ", note, "yellow"))
+        console.print(bullet("note: ", note, "yellow"))
     console.print()
-    console.print(_bullet(AS_IS, "the loop as it is", "dim"))
+    console.print(bullet(AS_IS, "the loop as it is", "dim"))
     for name, meaning in DEFINITIONS.items():
-        console.print(_bullet(f"{name}: ", meaning, "dim"))
+        console.print(bullet(f"{name}: ", meaning, "dim"))
 
 
 def _table(answer: Answer) -> Table:
@@ -79,12 +80,3 @@ def _bars(answer: Answer) -> Table:
 def gain_style(found: Prediction) -> str:
     """How a gain is told apart from a loss."""
     return {1: "bold green", 0: "", -1: "bold red"}[gains(found)]
-
-
-def _bullet(mark: str, text: str, style: str = "") -> Table:
-    """`text` wrapped beside `mark`, its lines aligned."""
-    grid = Table.grid(padding=0)
-    grid.add_column(no_wrap=True)
-    grid.add_column()
-    grid.add_row(Text(mark, style=style), Text(text, style=style))
-    return grid
