@@ -27,6 +27,8 @@ from batchsim.command import (
 )
 from batchsim.errors import InputError, shown
 from batchsim.learn_commands import register
+from batchsim.plan_commands import register as register_plan
+from batchsim.sweep_commands import register as register_sweep
 
 if TYPE_CHECKING:
     from batchsim.command import Tell
@@ -93,6 +95,9 @@ def run(
     sets: Sets = None,
     profile: ProfileName = None,
     out: Out = None,
+    draws: Annotated[
+        int | None, typer.Option(min=0, max=1000, help="Simulations that 90% intervals are made from; 0: none.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Simulate a scenario at the measured costs of a profile."""
@@ -103,6 +108,17 @@ def run(
             status = None if progress is None else partial(progress, None)
             predicted = kind.simulate(scenario, costs, progress=progress, status=status, base=file.parent)
             interrupted = any(result.partial for result in predicted.results.values())
+            if not interrupted:
+                from batchsim.intervals import again, of_run
+
+                if status is not None:
+                    status("with other costs, as they may be")
+                try:
+                    predicted = of_run(
+                        predicted, scenario, costs, again(kind, file.parent), draws=draws, progress=progress
+                    )
+                except KeyboardInterrupt:
+                    interrupted = True
             if out is not None and not interrupted and scenario.kind != "training":
                 from dataclasses import replace
 
@@ -165,6 +181,9 @@ def validate(
                 predicted, measured = kind.validate(
                     scenario, costs, device, repeats=repeats, progress=progress, bench=bench, base=file.parent
                 )
+                from calibration.executed import with_intervals
+
+                predicted = with_intervals(predicted, measured, scenario, costs, base=file.parent)
             told.append(validation_json(predicted, measured))
             folder = out / file.stem if out is not None and len(files) > 1 else out
             tell(told[-1], predicted, measured, folder, as_json=False, quiet=as_json)
@@ -310,6 +329,22 @@ def memory(
 
 
 @app.command()
+def hardware(as_json: Json = False) -> None:
+    """List the catalogue of devices that scenarios may name as their hardware."""
+    with outcome():
+        from batchsim.hardware import CATALOGUE
+
+        if as_json:
+            print_json({name: device.model_dump(mode="json") for name, device in CATALOGUE.items()})
+            return
+        from rich.console import Console
+
+        from batchsim.hardware.table import print_catalogue
+
+        print_catalogue(Console(), CATALOGUE)
+
+
+@app.command()
 def tune(
     file: ScenarioFile,
     slo_ms: Annotated[
@@ -381,6 +416,8 @@ def _tune(
 
 
 register(app)
+register_sweep(app)
+register_plan(app)
 
 
 @app.command()

@@ -17,6 +17,8 @@ COMMANDS = {
     "dynamic": "batchsim run",
     "training": "batchsim run",
     "tiles": "batchsim tiles",
+    "sweep": "batchsim sweep",
+    "plan": "batchsim plan",
 }
 
 MAX_ENTRIES = 1000

@@ -109,7 +109,7 @@ def quantiles(values: Int64 | Float64, shares: Sequence[float] | Float64, counts
     """Quantiles of `values`, each `counts` times: linear between order statistics, which is numpy's default."""
     if counts is None:
         return np.asarray(np.quantile(values, shares), np.float64)
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values)
     ends, ordered = np.cumsum(counts[order]), values[order]
     found = []
     for share in shares:

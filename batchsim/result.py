@@ -55,10 +55,12 @@ DEFINITIONS = {
     "prompt ended, or an arrival woke an idle loop",
     "events": "what the event loop handled one by one",
     "interval": "half width of the 95% Student-t interval of the mean over replications, by figure",
+    "interval_90": "in which a run's figure is with 90% confidence: costs are off as calibration, executions on other "
+    "days and the transfer to another device tell, and requests and step times are those of another replication",
 }
 
 # What a serving loop has not, and its results therefore leave out.
-OF_OTHER_KINDS = ("outcomes", "batch_histogram", "breaking_requests_per_s", "to_target")
+OF_OTHER_KINDS = ("outcomes", "batch_histogram", "breaking_requests_per_s", "to_target", "interval_90")
 _SHARES = ("gain_over_sync", "slo_attainment", "kv_use.mean", "kv_use.max")
 
 
@@ -96,6 +98,7 @@ class ScheduleResult:
     decisions: int | None = field(default=None, compare=False)
     events: int | None = field(default=None, compare=False)
     interval: dict[str, float] = field(default_factory=dict)
+    interval_90: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def throughput(self) -> float:

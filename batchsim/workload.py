@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 from zlib import crc32
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy.typing as npt
 
 from batchsim.dynamic_workload import DynamicWorkload, FixedRequests, RandomRequests
 from batchsim.errors import InputError
-from batchsim.traces import MAX_TIME_NS, Int64, read_trace
+from batchsim.traces import MAX_TIME_NS, Int64, Trace, read_trace
 from batchsim.workload_scenario import (
     MAX_HASHES,
     PREFIX_BLOCK,
@@ -23,6 +25,7 @@ from batchsim.workload_scenario import (
     Piece,
     RandomWorkload,
     SharedPrefix,
+    TraceFormat,
     TraceWorkload,
     Workload,
 )  # fmt: skip
@@ -76,13 +79,7 @@ def requests_of(workload: Workload | DynamicWorkload, *, seed: int, replication:
     hash_starts = hash_ids = np.zeros(0, dtype=np.int64)
     hash_tokens = dropped = 0
     if isinstance(workload, TraceWorkload):
-        trace = read_trace(
-            base / workload.path,
-            workload.format,
-            start=workload.start,
-            limit=workload.limit,
-            no_output=workload.no_output,
-        )
+        trace = _trace(workload, base / workload.path)
         arrival_ns = _scaled(trace.arrival_ns, workload.rate_scale)
         prompt_tokens, output_tokens = trace.prompt_tokens, trace.output_tokens
         hash_starts, hash_ids, hash_tokens = trace.hash_starts, trace.hash_ids, trace.hash_tokens
@@ -120,6 +117,30 @@ def requests_of(workload: Workload | DynamicWorkload, *, seed: int, replication:
 def _all(count: int, value: int) -> Int64:
     """`count` times the same value, for which there is room once; not to be written to."""
     return np.broadcast_to(np.int64(value), count)
+
+
+def _trace(workload: TraceWorkload, path: Path) -> Trace:
+    """The trace at `path`; the same one is read once, for scenarios that differ in other things."""
+    stamp = None
+    if path.is_file():
+        told = path.stat()
+        stamp = told.st_mtime_ns, told.st_size, told.st_ino
+    return _read(path, stamp, workload.format, workload.start, workload.limit, workload.no_output)
+
+
+@lru_cache(maxsize=2)
+def _read(
+    path: Path,
+    stamp: object,  # noqa: ARG001  # a file that has changed is another one
+    trace_format: TraceFormat,
+    start: int,
+    limit: int | None,
+    no_output: Literal["refuse", "drop"],
+) -> Trace:
+    trace = read_trace(path, trace_format, start=start, limit=limit, no_output=no_output)
+    for name in ("arrival_ns", "prompt_tokens", "output_tokens", "hash_starts", "hash_ids"):
+        getattr(trace, name).setflags(write=False)  # what is kept has to stay as it is
+    return trace
 
 
 def _scaled(arrival_ns: Int64, rate_scale: float) -> Int64:

@@ -57,7 +57,7 @@ def validated(profile_file: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 def check_sane(result: dict[str, Any]) -> None:
-    assert set(result) == FIGURES
+    assert set(result) - {"interval_90"} == FIGURES
     for key in ("throughput_tokens_per_s", "total_s"):
         assert 0 < result[key] < math.inf
     assert 0 < result["step_ms"]["p50"] <= result["step_ms"]["p95"] <= result["step_ms"]["p99"]
