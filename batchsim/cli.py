@@ -386,6 +386,7 @@ def _tune(
     progress: Tell | None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """What was found, and the module that shows it."""
+    from batchsim.intervals import again
 
     def simulate(candidate: AnyScenario) -> Run:
         return kind.simulate(candidate, costs, checks=False, base=base)
@@ -398,7 +399,9 @@ def _tune(
         from batchsim.report import tuning_training
         from batchsim.tune import training
 
-        found: Any = training.tune(scenario, simulate, cast("TrainingProfile", costs), progress=progress)
+        found: Any = training.tune(
+            scenario, simulate, cast("TrainingProfile", costs), progress=progress, again=again(kind, base)
+        )
         return found, tuning_training
     if scenario.kind == "dynamic":
         from batchsim.kinds import check_memory
@@ -409,7 +412,10 @@ def _tune(
 
         bound_ms = slo_ms or (scenario.slo.e2e_ms if scenario.slo is not None else None)
         profile = cast("Profile | None", costs)
-        found = dynamic.tune(scenario, simulate, profile, percentile=percentile, bound_ms=bound_ms, progress=progress)
+        found = dynamic.tune(
+            scenario, simulate, profile, percentile=percentile, bound_ms=bound_ms, progress=progress,
+            again=again(kind, base),
+        )  # fmt: skip
         return found, tuning
     wanted = "dynamic or training: the page of `batchsim run --out` shows what a serving loop does at other loads"
     raise InputError(None, "kind", scenario.kind, wanted)

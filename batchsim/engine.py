@@ -164,7 +164,9 @@ def simulate(
             check_requests(scenario, requests, num_kv_blocks)
             for position, schedule in enumerate(scenario.schedules):
                 tell = _scaled(progress, status, number * len(scenario.schedules) + position, total, schedule)
-                found = _serve(repetition, profile, schedule, requests, limits, tiles, tell, watch=watch and number == 0)
+                found = _serve(
+                    repetition, profile, schedule, requests, limits, tiles, tell, watch=watch and number == 0
+                )
                 result = _with_requests(found, scenario, requests.dropped)
                 if tell is not None:
                     tell(result.counts["requests"], len(requests), round(result.total_s * 1e9))

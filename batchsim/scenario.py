@@ -146,7 +146,11 @@ class Scenario(Model):
     @model_validator(mode="after")
     def _divided(self) -> Self:
         shape, devices = MODELS[self.model], self.tensor_parallel
-        sizes = {"heads": shape.num_heads, "key and value heads": shape.num_kv_heads, "columns": shape.intermediate_size}
+        sizes = {
+            "heads": shape.num_heads,
+            "key and value heads": shape.num_kv_heads,
+            "columns": shape.intermediate_size,
+        }
         for what, size in sizes.items():
             if size % devices:
                 found = f"{devices}, which does not divide the {size} {what} of {self.model}"

@@ -59,13 +59,13 @@ class RunView:
 
     def timeline(self, *, close_up: bool = False) -> go.Figure:
         """A few steady steps of each schedule, lane by lane; `close_up`: what happens between two forwards."""
-        from batchsim.report.figures import timelines
+        from batchsim.report.figures import on_white, timelines
 
         return on_white(timelines(self.run, None)["close-up" if close_up else "timeline"])
 
     def idle(self) -> go.Figure:
         """Where the device's time goes: busy, and idle by the stage that it waits for."""
-        from batchsim.report.figures import idle
+        from batchsim.report.figures import idle, on_white
 
         return on_white(idle(self.run, None))
 
@@ -159,6 +159,7 @@ class TilesView:
 
     def figure(self, case: int = 0) -> go.Figure:
         """The multiprocessors over time in a case: StreamSync, and below it the policy that is chosen."""
+        from batchsim.report.figures import on_white
         from batchsim.tiles.picture import picture
 
         return on_white(picture(self.cases[case].runs, self.cases[case].device.sms))
@@ -179,15 +180,11 @@ class TilesView:
         return _html(str(self.run.scenario.get("name", "")), self.sentences, head, rows)
 
 
-def on_white(figure: go.Figure) -> go.Figure:
-    """The figure on a ground of its own: its letters are dark, and a notebook may be."""
-    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
-    return figure
-
-
 def panels(plots: Mapping[str, go.Figure]) -> go.Figure:
     """Several figures of one kind as one, two abreast, with one legend."""
     from plotly.subplots import make_subplots
+
+    from batchsim.report.figures import on_white
 
     columns = min(len(plots), _COLUMNS)
     rows = -(-len(plots) // columns)

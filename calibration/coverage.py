@@ -67,7 +67,9 @@ class Judged:
 
 def judged(figure: Figure, known: Learned) -> Judged:
     """A figure beside its interval."""
-    half = half_width(known.widths.get(figure.loop, {}).get(group_of(figure.key), Width()), figure.offset)
+    half = half_width(
+        known.widths_of(figure.loop, figure.transferred).get(group_of(figure.key), Width()), figure.offset
+    )
     # What two ways to the same number differ by, in floating point, is no error.
     at = 0.0 if abs(figure.error) < 1e-9 else figure.error / max(half, 1e-12)
     return Judged(figure, half, at)

@@ -13,7 +13,7 @@ from zlib import crc32
 from batchsim.dynamic_scenario import DynamicScenario
 from batchsim.intervals import of_run
 from batchsim.intervals.groups import is_exact, scale_of
-from batchsim.intervals.learned import Learned, loop_of
+from batchsim.intervals.learned import TRANSFERRED, Learned, loop_of
 from batchsim.intervals.within import draw, offsets
 from batchsim.kinds import KINDS
 from batchsim.result import Run, ScheduleResult, figures
@@ -39,22 +39,14 @@ class Point:
     facts: Mapping[str, Any]
 
     @property
-    def elsewhere(self) -> bool:
-        """Whether it was executed on another device than its profile was measured on, a part of that, or on a host that
-        others keep busy."""
-        scenario = self.scenario
-        moved = getattr(scenario, "hardware", None) is not None or getattr(scenario, "tensor_parallel", 1) > 1
-        return moved or self.folder.split("/")[0] == "hardware"
+    def transferred(self) -> bool:
+        """Whether its costs were measured on other hardware."""
+        return getattr(self.costs, "transfer", None) is not None
 
     @property
     def told(self) -> bool:
         """Whether widths are learned from it; the split is by name, and so stays when points are added."""
-        return not self.elsewhere and crc32(self.name.encode()) % 2 == 0
-
-    @property
-    def kind(self) -> str:
-        """What a table calls such points."""
-        return "other hardware" if self.elsewhere else loop_of(self.scenario)
+        return crc32(self.name.encode()) % 2 == 0
 
     def simulate(self, scenario: Any, costs: Any, *, probed: bool = True, base: Path = Path()) -> Run:
         """`scenario`, on a host of the speed that was measured beside the point, or (not `probed`) as calibrated.
@@ -76,14 +68,19 @@ class Figure:
     """One figure of one schedule of a point; `offset` of its draws, as `batchsim.intervals.within.offsets` tells."""
 
     point: str
-    kind: str
     loop: str  # as `batchsim.intervals.learned.loop_of` tells
+    transferred: bool
     told: bool
     schedule: str
     key: str
     measured: float
     predicted: float
     offset: float
+
+    @property
+    def kind(self) -> str:
+        """What tables call the likes of its point, and what its widths are by."""
+        return TRANSFERRED if self.transferred else self.loop
 
     @property
     def error(self) -> float:
@@ -130,7 +127,7 @@ def figures_of(point: Point, known: Learned, draws: int, *, probed: bool = True)
             off = offsets(run.results[schedule], [each[schedule] for each in drawn])
             found += [
                 Figure(
-                    point.name, point.kind, loop_of(point.scenario), point.told, schedule, key, truth[key],
+                    point.name, loop_of(point.scenario), point.transferred, point.told, schedule, key, truth[key],
                     predicted[key], offset,
                 )
                 for key, offset in off.items()

@@ -52,7 +52,7 @@ WARM_UP_TOKENS = 24
 ROOMY_TOKENS, ROOMY_LEN = 8192, 9472
 # The batch that tells the host's speed.
 PROBE_SEQS, PROBE_CONTEXT, PROBE_STEPS = 32, 32, 30
-# Where the loop shares its core, others have it for milliseconds at a time: more steps, to see as much of that as there is.
+# Where the loop shares its core, others have it for milliseconds at a time: more steps, to see enough of that.
 SHARED_STEPS = 150
 
 
@@ -279,7 +279,7 @@ def host_speed(executor: Executor, profile: Profile, schedule: str) -> float:
 
     What the profile expects of the host phases of one small decode batch, over what they take here and now. The
     batch is the same whatever the scenario to be predicted: this measures the host, not the scenario. Rare
-    interruptions are left out; where the loop shares its core (it `sleeps`) they are the rule, and so are late wake-ups.
+    interruptions are left out; where the loop shares its core (it `sleeps`) they are the rule, like late wake-ups.
     """
     decoder, shares = executor.decoder, executor.sleeps
     rows = min(PROBE_SEQS, decoder.graph_sizes[-1])

@@ -46,17 +46,23 @@ def learn(chosen: Sequence[Point], draws: int, provenance: dict[str, Any], *, wo
     for point in telling:
         names[point.scenario.kind].append(point.name)
     known = Learned(
-        schema_version=1, provenance=provenance, fitted_to=dict(names), drift=drifts(telling), share={}, widths={}
+        schema_version=1,
+        provenance=provenance,
+        fitted_to=dict(names),
+        drift=drifts([point for point in telling if not point.transferred]),
+        share={},
+        widths={},
     )
     # With such a share of the spread of single costs, what draws tell of a whole run holds as many as it should.
-    share = {
-        loop: round(width(groups[_WHOLE], _NO_FLOOR).spread / NORMAL, 3)
-        for loop, groups in sorted(_grouped(figures_of_all(telling, known, draws, workers=workers)).items())
-    }
+    groups = _grouped(
+        figures_of_all([point for point in telling if not point.transferred], known, draws, workers=workers)
+    )
+    share = {loop: round(width(found[_WHOLE], _NO_FLOOR).spread / NORMAL, 3) for loop, found in sorted(groups.items())}
     known = known.model_copy(update={"share": share})
+    groups = _grouped(figures_of_all(telling, known, draws, workers=workers))
     widths = {
-        loop: {name: width(found) for name, found in sorted(groups.items())}
-        for loop, groups in sorted(_grouped(figures_of_all(telling, known, draws, workers=workers)).items())
+        kind: {name: width(figures) for name, figures in sorted(found.items())}
+        for kind, found in sorted(groups.items())
     }
     return known.model_copy(update={"widths": widths})
 
@@ -127,7 +133,7 @@ def _speeds(speed: float | Mapping[str, Sequence[float]]) -> list[float]:
 def _grouped(found: Sequence[Figure]) -> dict[str, dict[str, list[Figure]]]:
     groups: dict[str, dict[str, list[Figure]]] = defaultdict(lambda: defaultdict(list))
     for figure in found:
-        groups[figure.loop][group_of(figure.key)].append(figure)
+        groups[figure.kind][group_of(figure.key)].append(figure)
     return groups
 
 

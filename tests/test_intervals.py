@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from math import log, prod, sqrt
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from batchsim import dynamic, engine, training
-from batchsim.intervals import DRAWS, SWEEP_DRAWS, bound, perturbed, with_intervals
+from batchsim.intervals import DRAWS, SWEEP_DRAWS, bound, of_run, perturbed, with_intervals
 from batchsim.intervals.belief import columns, spreads
 from batchsim.intervals.design import BLOCK, MOST_FACTORS, signs
 from batchsim.intervals.groups import group_of, scale_of
@@ -22,7 +24,11 @@ from batchsim.intervals.learned import learned, loop_of
 from batchsim.intervals.perturb import SERVING, TRAINING
 from batchsim.intervals.within import draw, offsets
 from batchsim.profile import Profile, Transfer
+from batchsim.report import print_run
+from batchsim.report.tuning import sentences
 from batchsim.result import Run, ScheduleResult, figures, run_json
+from batchsim.tune.dynamic import tune
+from batchsim.tune.training import tune as tune_training
 from tests.dynamic import scenario as dynamic_scenario
 from tests.profiles import scenario, serving, small_profile
 from tests.training_profiles import small_training_profile
@@ -303,3 +309,55 @@ def test_more_draws_change_widths_little() -> None:
     asked = scenario(output_len=60)
     few, many = (intervals(asked, draws=count).results["async"].interval_90["total_s"] for count in (8, 64))
     assert log(few[1] / few[0]) == pytest.approx(log(many[1] / many[0]), rel=0.1)
+
+
+# Where they are shown.
+
+
+def test_terminals_show_intervals_within_eighty_columns(served: Run) -> None:
+    out = StringIO()
+    print_run(Console(file=out, width=80), served)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    low, high = served.results["sync"].interval_90["throughput_tokens_per_s"]
+    (row,) = (line for line in lines if line.startswith("tokens/s"))
+    assert f"[{low:,.0f}, {high:,.0f}]" in row
+    assert sum(line.startswith("  90%") for line in lines) == sum(
+        len(result.latency_ms) for result in served.results.values()
+    )
+    measured = engine.simulate(serving(), PROFILE)
+    out = StringIO()
+    print_run(Console(file=out, width=80), served, replace(measured, source="executed"))
+    count = sum(len(result.interval_90) for result in served.results.values()) - 1  # sync gains nothing over itself
+    assert f"{count} of {count} measured figures are inside" in " ".join(out.getvalue().split())
+
+
+def test_runs_that_would_take_long_say_so(served: Run) -> None:
+    asked = serving()
+    long = replace(served, results={"sync": replace(served.results["sync"], iterations=10**7, events=10**7)})
+    found = of_run(long, asked, PROFILE, engine.simulate)
+    assert any("no 90% intervals" in text for text in found.results["sync"].warnings)
+    asked_for = of_run(long, asked.model_copy(update={"schedules": ("sync",)}), PROFILE, engine.simulate, draws=2)
+    assert asked_for.results["sync"].interval_90
+
+
+def test_a_tuned_setting_has_an_interval() -> None:
+    asked = dynamic_scenario({"workload.request_rate": 300.0, "workload.num_prompts": 500})
+
+    def at(candidate: Any, costs: Any = None) -> Run:
+        return dynamic.simulate(candidate, costs)
+
+    found = tune(asked, at, None, again=at)
+    assert found.interval_90_ms is not None
+    assert found.interval_90_ms[0] < found.best.latency_ms < found.interval_90_ms[1]
+    assert any("90% confidence" in sentence for sentence in sentences(found))
+    assert tune(asked, at, None).interval_90_ms is None
+
+
+def test_a_tuned_training_has_an_interval() -> None:
+    def at(candidate: Any, costs: Any = None) -> Run:
+        return training.simulate(candidate, costs or small_training_profile())
+
+    found = tune_training(training_scenario(steps=2), at, small_training_profile(), again=at)
+    assert found.interval_90_ms is not None and found.best.step_ms is not None
+    assert found.interval_90_ms[0] < found.best.step_ms < found.interval_90_ms[1]

@@ -92,6 +92,7 @@ CUSTOM = {
         (candidates(hardware=["h20"]), "candidates.hardware: found the string 'h20', wanted h200"),
         (candidates(hardware=[{"base": "l40s", "sms": 0}]), "candidates.hardware.sms: found 0, wanted an integer"),
         (candidates(hardware=[CUSTOM]), "found custom, whose price per hour is not known, wanted its price"),
+        (candidates(hardware=[{"base": "l4", "price_per_hour": 0}]), "candidates.hardware: found l4, for 0, wanted"),
         (candidates(hardware=[]), "candidates.hardware: found an empty list"),
         (candidates(schedules=["asink"]), "candidates.schedules: found the string 'asink', wanted sync, async or tile"),
         (candidates(schedules=["sync", "sync"]), "candidates.schedules: found sync twice"),
@@ -183,6 +184,25 @@ def test_objectives_that_nothing_meets_are_told_with_what_comes_closest() -> Non
     assert found.sentences[0] == "No candidate meets all objectives at a confidence of 90%."
     (change,) = found.would_change
     assert change.kind == "near_miss" and "misses mean TPOT" in change.text
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_what_no_candidate_can_reach_takes_no_simulation() -> None:
+    found = plan(small_plan(objectives={"throughput_tokens_per_s": ">=1e6"}))
+    assert found.best is None and found.simulations == 0
+    assert "beyond them" in found.sentences[1]
+
+
+def test_rates_and_shares_are_reached_with_the_wanted_confidence() -> None:
+    scenario = small_plan()["scenario"] | {"slo": {"ttft_ms": 60, "tpot_ms": 20}}
+    found = plan(
+        small_plan(scenario=scenario, objectives={"goodput_requests_per_s": ">=15", "slo_attainment": ">=0.9"})
+    )
+    assert found.best is not None
+    for objective in found.objectives:
+        bound, value = found.best.bounds[objective.key], found.best.values[objective.key]
+        assert bound is not None and value is not None
+        assert objective.limit <= bound <= value
     json.dumps(found.to_json(), allow_nan=False)
 
 

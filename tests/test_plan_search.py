@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from batchsim.engine import requests_of
 from batchsim.evaluate import evaluate
 from batchsim.plan.candidate import Candidate, Trial
-from batchsim.plan.capacity import Load, most_rows, request_ns
+from batchsim.plan.capacity import Load, least_replicas, most_rows, request_ns
 from batchsim.plan.search import Search, exhaustive
 from batchsim.profile import load_profile
 from batchsim.scenario import load
@@ -152,5 +152,6 @@ def test_no_run_serves_more_than_the_bound_without_simulation(name: str, sets: l
         served = result.throughput_requests_per_s
         assert served is not None
         bound = 1e9 / request_ns(scenario, profile, schedule, offered, most_rows(scenario, profile, offered))
+        assert least_replicas(scenario, profile, schedule, offered, served) == 1
         assert served <= bound / 0.9  # the slack that it is used with
         assert served >= 0.7 * bound  # and it is a bound worth having

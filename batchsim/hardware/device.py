@@ -36,7 +36,8 @@ DeviceName = Annotated[str, AfterValidator(key_of(CATALOGUE)), Field(json_schema
 class Hardware(Model):
     """The device and the host to predict for: one of the catalogue, perhaps with other values, or one's own.
 
-    Fewer or more `sms`, or another `clock_mhz`, than the base's change its rates in proportion unless they are given.
+    Other `sms`, or another `clock_mhz`, than the base's change its rates in proportion unless they are given. Fewer `sms`
+    are a part of the base, such as a green context, for which libraries still choose the whole's kernels.
     """
 
     base: DeviceName | None = None
@@ -44,7 +45,7 @@ class Hardware(Model):
     name: Text | None = None
     """What to call it."""
     sms: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """Streaming multiprocessors."""
+    """Streaming multiprocessors; fewer than the base's are a part of it."""
     clock_mhz: Annotated[float, Field(ge=1, le=100_000, allow_inf_nan=False)] | None = None
     """Boost clock, MHz."""
     matrix_tflops: Rates | None = None

@@ -13,6 +13,7 @@ from batchsim.model import ModelShape
 
 FLOAT32 = 4
 GROUP = 16  # rows of a query group in decode attention: what a matrix instruction takes at least
+STEP = 8192  # elements of keys in a step of a block
 SHARE = 16  # tokens of a context that a block takes at least
 ROPE_HEADS, SWIGLU_COLUMNS = 16, 1024  # of one block
 
@@ -25,7 +26,8 @@ class Kernel:
 
     kind: a matrix product, attention of decoding rows, a kernel of few operations over rows, or an all-reduce.
     rows, columns, depth: of a product; else 0. flops: on the matrix units. size_bytes: to and from device memory.
-    blocks: thread blocks; of a product they follow from its tiles.
+    blocks: thread blocks; of a product they follow from its tiles. block_bytes: of attention, what the steps of a block
+    would read that are whole.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Kernel:
     columns: int = 0
     depth: int = 0
     element_bytes: int = 2
+    block_bytes: float = 0.0
 
 
 def product(name: str, count: int, rows: int, columns: int, depth: int, size: int) -> Kernel:
@@ -81,15 +84,18 @@ def projections(shape: ModelShape, rows: int, sampled: int) -> tuple[Kernel, ...
 def decode_attention(shape: ModelShape, rows: int, kv_tokens: float) -> Iterator[Kernel]:
     """Attention of `rows` decoding rows with contexts of `kv_tokens` in all, each as long as the others.
 
-    A block takes a share of a context for one head of keys and values; shares are whole multiples of 16 tokens, and
-    blocks that none is left for end at once.
+    A block takes a share of a context for one head of keys and values, step by step; shares are whole multiples of 16
+    tokens, and blocks that none is left for end at once.
     """
     size, layers, heads, kv_heads = shape.dtype_bytes, shape.num_layers, shape.num_heads, shape.num_kv_heads
     shares, context = splits(shape, rows), max(kv_tokens / rows, 1.0)
     share = SHARE * ceil(ceil(context / shares) / SHARE)
     blocks = rows * kv_heads * ceil(context / share)
+    step = max(32, STEP // shape.head_dim)
+    steps = ceil(min(share, context) / step)
     read = 2 * kv_tokens * kv_heads * shape.head_dim * size + 2 * rows * heads * shape.head_dim * size
     flops = 4.0 * kv_tokens * kv_heads * GROUP * shape.head_dim
-    yield Kernel("decode_attention", "attention", layers, read, flops, blocks)
+    taken = steps * step * 2 * shape.head_dim * size
+    yield Kernel("decode_attention", "attention", layers, read, flops, blocks, block_bytes=taken)
     if shares > 1:
         yield over_rows("combine", layers, rows * heads * shares * (shape.head_dim + 1) * FLOAT32, rows * heads)

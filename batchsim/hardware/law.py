@@ -132,7 +132,8 @@ class View:
                 return self._product_ns(kernel)
             case "attention":
                 block = kernel.size_bytes / kernel.blocks
-                own = law.attention_block_ns * slower + block / (law.attention_bytes_per_ns / slower)
+                taken = max(kernel.block_bytes, block)
+                own = law.attention_block_ns * slower + taken / (law.attention_bytes_per_ns / slower)
                 own = max(own, kernel.flops / kernel.blocks * law.attention_blocks / self._rate)
                 slots = max(1, int(law.attention_blocks * self.device.sms))
                 found = waves(kernel.blocks, kernel.blocks, slots)

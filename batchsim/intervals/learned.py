@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batchsim.kinds import AnyScenario
 
 FILE = "learned.json"
+TRANSFERRED = "transferred"
 # Half a 90% interval of the normal distribution, in standard deviations.
 NORMAL = 1.6449
 
@@ -33,7 +34,8 @@ class Learned(Measured):
     """What executed points told, which `fitted_to` names, by loop as `loop_of` tells them apart.
 
     `drift`: how far costs were off on other days, a standard deviation of the logarithm by factor. `share`: how much of
-    the spread of single costs a whole run of many of them shows. `widths`: by group of figures.
+    the spread of single costs a whole run of many of them shows. `widths`: by group of figures; of what is simulated at
+    transferred costs those of TRANSFERRED.
     """
 
     schema_version: int
@@ -42,6 +44,10 @@ class Learned(Measured):
     drift: dict[str, dict[str, NonNegativeFloat]]
     share: dict[str, NonNegativeFloat]
     widths: dict[str, dict[str, Width]]
+
+    def widths_of(self, loop: str, transferred: bool) -> dict[str, Width]:
+        """By group of figures; of a loop's own where executions at transferred costs do not tell."""
+        return {**self.widths.get(loop, {}), **(self.widths.get(TRANSFERRED, {}) if transferred else {})}
 
 
 @cache

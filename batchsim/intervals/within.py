@@ -58,7 +58,8 @@ def with_intervals(
             progress(len(drawn) / draws)
     # Of a table no execution has told: all that is uncertain is the run, of which so many draws are a small sample.
     usual = Width(spread=_student(draws)) if costs is None else Width()
-    widths = {} if costs is None else known.widths.get(loop_of(scenario), {})
+    transferred = getattr(costs, "transfer", None) is not None
+    widths = {} if costs is None else known.widths_of(loop_of(scenario), transferred)
     results = {}
     for name, result in run.results.items():
         off = offsets(middle[name], [each[name] for each in drawn])

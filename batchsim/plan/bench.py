@@ -62,10 +62,21 @@ class ScenarioBench:
                     scenario.workload, seed=scenario.seed, replication=scenario.replication, base=self.problem.base
                 )
                 self._loads[asked] = Load.of(scenario, requests)
-            return least_replicas(scenario, profile, configuration.schedule, self._loads[asked])
+            load = self._loads[asked]
+            return least_replicas(scenario, profile, configuration.schedule, load, self._rate(scenario, load))
         except InputError as error:
             self._refusals[configuration] = error.within(self.problem.file)
             return None
+
+    def _rate(self, scenario: Scenario, load: Load) -> float:
+        """Requests a second that the objectives ask for."""
+        each = {"throughput_tokens_per_s": load.output_tokens}
+        if not scenario.warm_up_s:  # after it, requests end that began before
+            each |= {"throughput_requests_per_s": 1.0, "goodput_requests_per_s": 1.0}
+        return max(
+            (objective.limit / each[objective.key] for objective in self.objectives if objective.key in each),
+            default=0.0,
+        )
 
     def refusal(self) -> InputError | None:
         """Why a configuration cannot run at all, if one cannot."""

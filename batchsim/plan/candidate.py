@@ -96,7 +96,8 @@ class Trial:
     @cached_property
     def values(self) -> dict[str, float | None]:
         """The point prediction of each objective's figure."""
-        return {each.key: self.figures.get(each.figure) for each in self.objectives}
+        found = {each.key: self.figures.get(each.figure) for each in self.objectives}
+        return {key: None if value is None else float(value) for key, value in found.items()}
 
     @cached_property
     def bounds(self) -> dict[str, float | None]:
@@ -104,7 +105,7 @@ class Trial:
         if not self.draws or result is None:
             return {}
         return {
-            each.key: bound(result, each.figure, self.confidence, upper=each.at_most)
+            each.key: float(bound(result, each.figure, self.confidence, upper=each.at_most))
             if each.figure in self.figures
             else None
             for each in self.objectives

@@ -61,21 +61,22 @@ class Load:
         )
 
 
-def least_replicas(scenario: Scenario, profile: Profile, schedule: str, load: Load) -> int:
-    """So many replicas of `scenario` at least can serve `load` without a queue that grows.
+def least_replicas(scenario: Scenario, profile: Profile, schedule: str, load: Load, rate: float = 0.0) -> int:
+    """So many replicas of `scenario` at least can serve `load` without a queue that grows, and `rate` requests/s.
 
     Requests that are still running or waiting when the last one has arrived need not be served by then.
 
     Raises:
         InputError: without a file; the weights do not fit the device.
     """
-    if not scenario.workload.open_loop or load.span_ns <= 0:
-        return 1
     rows = most_rows(scenario, profile, load)
     each_ns = request_ns(scenario, profile, schedule, load, rows) * SLACK
+    asked = max(ceil(rate * each_ns / 1e9), 1)
+    if not scenario.workload.open_loop or load.span_ns <= 0:
+        return asked
     late = _WAITING * load.requests + _DEVIATIONS * load.variation * sqrt(load.requests)
     needed = (load.requests - late) * each_ns / (load.span_ns + rows * each_ns)
-    return max(ceil(needed), 1)
+    return max(ceil(needed), asked)
 
 
 def most_rows(scenario: Scenario, profile: Profile, load: Load) -> int:

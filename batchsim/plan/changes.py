@@ -29,7 +29,11 @@ def changes(
     if missed is not None:
         found.append(_near_miss(bench, best, missed))
     elif best is not None and best.candidate.cost_per_hour <= cheapest:
-        found.append(Change("floor", "Nothing cheaper can carry the load, whatever the objectives."))
+        found.append(Change("floor", "No cheaper candidate can carry the load, whatever the objectives."))
+    elif best is None:
+        found.append(
+            Change("floor", "By the profile's costs alone, the load or the throughput asked for is beyond them.")
+        )
     if best is not None and runner_up is not None:
         found += _price(best, runner_up)
     if best is not None and (more := _headroom(bench, best)) is not None:
@@ -81,9 +85,11 @@ def _near_miss(bench: ScenarioBench, best: Trial | None, missed: Trial) -> Chang
 def _price(best: Trial, other: Trial) -> list[Change]:
     """At what price of its devices another candidate would be as cheap as the best."""
     of = other.candidate.configuration
-    if of.hardware == best.candidate.configuration.hardware or not best.candidate.cost_per_hour:
+    if of.hardware == best.candidate.configuration.hardware:
         return []
     price = best.candidate.cost_per_hour / other.candidate.devices
+    if price >= of.price_per_hour:
+        return []
     text = (
         f"{other.candidate.words} would be cheaper if an hour of {of.hardware} cost under {dollars(price)}: it costs "
         f"{dollars(of.price_per_hour)}."

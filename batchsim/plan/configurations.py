@@ -148,11 +148,11 @@ class _Reader:
                 placed = self._read(path, "hardware", value)
                 device, name = placed.hardware.device(), ""  # type: ignore[union-attr]
             label = device.name if device is not None else name
-            if device is None or device.price_per_hour is None:
-                wanted = (
-                    "its price: hardware: {base: NAME, price_per_hour: USD}, or one from the catalogue that has one"
-                )
-                raise self._error(path, f"{label}, whose price per hour is not known", wanted)
+            if device is None or not device.price_per_hour:
+                known = device is not None and device.price_per_hour is not None
+                what = "for 0" if known else "whose price per hour is not known"
+                wanted = "its price: hardware: {base: NAME, price_per_hour: USD}"
+                raise self._error(path, f"{label}, {what}", wanted)
             seen[label] += 1
             if seen[label] > 1:
                 label = f"{label} #{seen[label]}"

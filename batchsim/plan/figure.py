@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from batchsim.plan.candidate import Trial
 from batchsim.plan.changes import dollars
-from batchsim.report.figures import ACROSS, layout
+from batchsim.report.figures import ACROSS, layout, on_white
 
 if TYPE_CHECKING:
     from batchsim.plan.result import PlanResult
@@ -37,15 +37,16 @@ def frontier_figure(found: PlanResult) -> go.Figure:
     figure.update_layout(**layout(height=460))
     figure.update_xaxes(title="USD for a million output tokens", rangemode="tozero")
     figure.update_yaxes(title="" if latency is None else f"{latency.words}, ms", type="log")
-    return figure
+    return on_white(figure)
 
 
 def as_html(found: PlanResult) -> str:
-    """The answer and the candidates, for a notebook."""
+    """The answer, its runner-up and the frontier, for a notebook."""
     told = "".join(f"<li>{escape(text)}</li>" for text in found.sentences)
     columns = ["candidate", "USD an hour", "USD a million tokens", *(each.key for each in found.objectives), "verdict"]
     rows = []
-    for trial in sorted(found.evaluated, key=lambda trial: (trial is not found.best, trial.merit)):
+    notable = {id(trial): trial for trial in (found.best, found.runner_up, *found.frontier) if trial is not None}
+    for trial in notable.values():
         each = trial.cost_per_million_tokens
         cells = [
             trial.candidate.words, dollars(trial.candidate.cost_per_hour), "" if each is None else dollars(each),
@@ -53,7 +54,9 @@ def as_html(found: PlanResult) -> str:
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    return f"<h3>{escape(found.name)}</h3><ul>{told}</ul><table><tr>{head}</tr>{''.join(rows)}</table>"
+    table = f"<table><tr>{head}</tr>{''.join(rows)}</table><p>frame() has all that was simulated</p>"
+    # Else Jupyter sets what stands between two dollar signs as mathematics.
+    return f'<div class="tex2jax_ignore mathjax_ignore"><h3>{escape(found.name)}</h3><ul>{told}</ul>{table}</div>'
 
 
 def verdict(found: PlanResult, trial: Trial) -> str:

@@ -15,6 +15,10 @@ STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 # Rates and shares that have to be reached, and what a run must not exceed; all are figures of `batchsim.result`.
 _AT_LEAST = ("throughput_tokens_per_s", "throughput_requests_per_s", "goodput_requests_per_s", "slo_attainment")
 _AT_MOST = ("total_s",)
+_WORDS = {
+    "throughput_tokens_per_s": "throughput in tokens/s", "throughput_requests_per_s": "throughput in requests/s",
+    "goodput_requests_per_s": "goodput in requests/s", "slo_attainment": "SLO attainment", "total_s": "the whole time",
+}  # fmt: skip
 # Figures that only requests held to objectives of their own have.
 OF_SLO = ("goodput_requests_per_s", "slo_attainment")
 _LATENCY = re.compile(rf"({'|'.join(STATISTICS)})_({'|'.join(LATENCIES)})_ms")
@@ -52,14 +56,15 @@ class Objective:
         """The figure as sentences name it: `p99 TTFT`."""
         found = _LATENCY.fullmatch(self.key)
         if found is None:
-            return self.key.replace("_per_s", "/s").replace("_", " ").removesuffix(" s")
+            return _WORDS[self.key]
         return f"{found[1]} {found[2] if found[2] == 'queue' else found[2].upper()}"
 
     def shown(self, value: float) -> str:
         """`value` with its unit."""
-        if self.latency:
-            return f"{value:,.4g} ms"
-        return f"{value:.1%}" if self.key == "slo_attainment" else f"{value:,.4g}"
+        if self.key == "slo_attainment":
+            return f"{value:.1%}"
+        text = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+        return f"{text} ms" if self.latency else f"{text} s" if self.key == "total_s" else text
 
     def to_json(self) -> dict[str, Any]:
         return {"key": self.key, "figure": self.figure, "bound": "<=" if self.at_most else ">=", "limit": self.limit}

@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 class Change:
     """Something that would change the answer, or how far the answer holds, as a sentence and as figures."""
 
-    kind: str  # near_miss, price, traffic
+    kind: str  # near_miss, price, traffic, floor
     text: str
     figures: dict[str, Any] = field(default_factory=dict)
 

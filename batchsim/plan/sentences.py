@@ -25,8 +25,7 @@ def sentences(found: PlanResult) -> list[str]:
 
 def _second(best: Trial, other: Trial) -> str:
     text = f"Runner-up: {other.candidate.words}: {_cost(other)}"
-    least = best.candidate.cost_per_hour
-    dearer = other.candidate.cost_per_hour / least - 1 if least else 0.0
+    dearer = other.candidate.cost_per_hour / best.candidate.cost_per_hour - 1
     return f"{text}, {dearer:.0%} more." if dearer >= 0.005 else f"{text}."
 
 
@@ -43,7 +42,7 @@ def _part(best: Trial, objective: Objective) -> str:
     value = best.bounds.get(objective.key, best.values[objective.key])
     assert value is not None
     kept, sign = ("stays under", "<=") if objective.at_most else ("reaches", ">=")
-    return f"{objective.words} {kept} {objective.shown(value)} (wanted {sign} {objective.limit:g})"
+    return f"{objective.words} {kept} {objective.shown(value)} (wanted {sign} {objective.shown(objective.limit)})"
 
 
 def _cost(trial: Trial) -> str:

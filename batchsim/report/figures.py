@@ -284,6 +284,12 @@ def _duration(ns: int) -> str:
     return f"{ns / 1e6:,.3f} ms" if ns >= 1_000_000 else f"{ns / 1e3:,.3f} \N{MICRO SIGN}s"
 
 
+def on_white(figure: go.Figure) -> go.Figure:
+    """The figure on a ground of its own: its letters are dark, and a notebook may be, too."""
+    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    return figure
+
+
 def layout(height: int) -> dict[str, object]:
     grid = {"gridcolor": "rgba(128,128,128,0.2)", "zerolinecolor": "rgba(128,128,128,0.6)", "automargin": True}
     return {

@@ -42,6 +42,9 @@ def sentences(found: Tuning) -> list[str]:
         within = verified.latency_ms + verified.half_width_ms <= found.bound_ms
         kept = ", within the bound" if within else ", which may exceed the bound"
     told.append(f"With {verified.replications} other seeds: {found.percentile} {width}{kept}.")
+    if found.interval_90_ms is not None:
+        low, high = (_ms(end) for end in found.interval_90_ms)
+        told.append(f"With what is uncertain of the costs, too: from {low} to {high} with 90% confidence.")
     most = f"{found.breaking_requests_per_s:,.1f} requests/s"
     told.append(f"No setting serves more than {most}. Found with {found.simulations} simulations.")
     return told

@@ -27,6 +27,9 @@ def sentences(found: Tuning) -> list[str]:
     best, asked = found.best, found.asked
     speed = f"{ms_text(best.step_ms or 0.0)} an optimiser step, {best.tokens_per_s or 0.0:,.0f} tokens/s"
     told = [f"Set {in_words(best.setting)}: {speed}, {_gb(best.peak_bytes)} of {_gb(found.room_bytes)}."]
+    if found.interval_90_ms is not None:
+        low, high = (ms_text(end) for end in found.interval_90_ms)
+        told.append(f"With what is uncertain of the costs, its step takes {low} to {high} with 90% confidence.")
     if asked is not None and asked.setting != best.setting:
         if asked.step_ms is None or best.step_ms is None:
             told.append(

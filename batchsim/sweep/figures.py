@@ -26,11 +26,15 @@ _SHOWN_FIGURES = (
 
 
 def lines(columns: Columns, x: str, y: str, color: str | None) -> go.Figure:
-    """`y` over `x`: of each value of `color` the points, joined in the order of x, with their intervals."""
-    groups: dict[Any, list[int]] = {}
+    """`y` over `x`: of each schedule and `color` the points, joined in the order of x, with their intervals."""
+    by = tuple(dict.fromkeys(key for key in (color, "schedule") if key is not None and key != x))
+    found: dict[tuple[Any, ...], list[int]] = {}
     for i, value in enumerate(columns[y]):
         if value is not None and columns[x][i] is not None:
-            groups.setdefault(None if color is None else columns[color][i], []).append(i)
+            found.setdefault(tuple(columns[key][i] for key in by), []).append(i)
+    # Only what differs is named.
+    told = [i for i, key in enumerate(by) if key == color or len({group[i] for group in found}) > 1]
+    groups = {", ".join(str(group[i]) for i in told): rows for group, rows in found.items()}
     figure = go.Figure()
     for number, (name, rows) in enumerate(groups.items()):
         rows.sort(key=lambda i: (columns[x][i], i))
@@ -39,7 +43,7 @@ def lines(columns: Columns, x: str, y: str, color: str | None) -> go.Figure:
             x=[columns[x][i] for i in rows],
             y=values,
             error_y=_error_bars(columns, y, rows, values),
-            name="" if name is None else str(name),
+            name=name,
             mode="lines+markers",
             line_color=ACROSS[number % len(ACROSS)],
         )
@@ -48,7 +52,7 @@ def lines(columns: Columns, x: str, y: str, color: str | None) -> go.Figure:
         xaxis_title=x,
         yaxis_title=y,
         legend_title_text=color or "",
-        showlegend=color is not None,
+        showlegend=bool(told),
         margin={"t": 30, "r": 20},
     )
     return figure

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Simulate = Callable[["DynamicScenario"], Run]
 Tell = Callable[[float], None]
+Again = Callable[[Any, Any], Run]
 
 # Requests of one trial: enough for a 99th percentile that does not hide the differences looked for.
 LEAST_REQUESTS, MOST_REQUESTS = 4_000, 20_000
@@ -81,7 +82,10 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What was found: the best trial, its verification, the frontier, all trials, and the setting of the file."""
+    """What was found: the best trial, its verification, the frontier, all trials, and the setting of the file.
+
+    `interval_90_ms` is the 90% interval of the best trial's latency, where it was asked for: see `batchsim.intervals`.
+    """
 
     percentile: str
     bound_ms: float | None
@@ -92,6 +96,7 @@ class Tuning:
     frontier: tuple[Trial, ...]
     trials: tuple[Trial, ...] = field(repr=False)
     simulations: int = 0
+    interval_90_ms: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As `batchsim tune --json` prints it; an infinite latency is null."""
@@ -101,12 +106,13 @@ class Tuning:
 
 def tune(
     scenario: DynamicScenario, simulate: Simulate, profile: Profile | None, *, percentile: str = "p99",
-    bound_ms: float | None = None, progress: Tell | None = None,
+    bound_ms: float | None = None, progress: Tell | None = None, again: Again | None = None,
 ) -> Tuning:  # fmt: skip
     """The best setting of `scenario`, by `percentile` of the latency, with batches up to the largest measured.
 
     Without `bound_ms` (milliseconds) that with the lowest latency at the scenario's rate of arrival, else that which
-    serves the highest rate with a latency of at most `bound_ms`.
+    serves the highest rate with a latency of at most `bound_ms`. With `again`, which simulates at other costs, its
+    latency has an interval.
 
     Raises:
         InputError: without a file: requests do not arrive at a constant rate, or no load is served within the bound.
@@ -132,6 +138,7 @@ def tune(
         percentile=percentile, bound_ms=bound_ms, best=best, verified=verified, asked=asked,
         breaking_requests_per_s=most, frontier=_frontier(search.best.values()),
         trials=tuple(search.trials.values()), simulations=search.simulations,
+        interval_90_ms=None if again is None else search.interval_ms(best, profile, again),
     )  # fmt: skip
 
 
@@ -249,6 +256,14 @@ class _Search:
             best = self.best_at(best.requests_per_s * RETREAT)
         return found
 
+    def interval_ms(self, best: Trial, profile: Profile | None, again: Again) -> tuple[float, float] | None:
+        """The 90% interval of a trial's latency."""
+        from batchsim.intervals import SWEEP_DRAWS, with_intervals
+
+        chosen = self._candidate(best.setting, best.requests_per_s, 0)
+        run = with_intervals(self._simulate(chosen), chosen, profile, again, draws=SWEEP_DRAWS)
+        return run.results[best.setting.schedule].interval_90.get(f"latency_ms.e2e.{self.percentile}")
+
     def _descend(self, start: Setting, rate: float) -> Trial:
         """Improve the delay, then the batch size, and so on until neither helps."""
         best = self.trial(start, rate)
@@ -277,6 +292,9 @@ class _Search:
 
     def _run(self, setting: Setting, rate: float, replication: int) -> ScheduleResult:
         self.simulations += 1
+        return self._simulate(self._candidate(setting, rate, replication)).results[setting.schedule]
+
+    def _candidate(self, setting: Setting, rate: float, replication: int) -> DynamicScenario:
         preferred = tuple(n for n in self.scenario.preferred_batch_sizes if n <= setting.max_batch_size)
         update = {
             "schedules": (setting.schedule,), "max_batch_size": setting.max_batch_size,
@@ -285,7 +303,7 @@ class _Search:
             "replications": 1, "replication": self.scenario.replication + replication,
             "workload": self._workload.model_copy(update={"request_rate": rate}),
         }  # fmt: skip
-        return self._simulate(self.scenario.model_copy(update=update)).results[setting.schedule]
+        return self.scenario.model_copy(update=update)
 
 
 def _merit(trial: Trial) -> tuple[float, float, int, float]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Simulate = Callable[["TrainingScenario"], Run]
 Tell = Callable[[float], None]
+Again = Callable[[Any, Any], Run]
 
 STEPS = 5  # optimiser steps of one trial; they differ by the host's jitter only
 CHECKPOINTING = ("none", "full")
@@ -47,13 +48,17 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What was found: the fastest setting that fits, the setting of the file, and all that were looked at."""
+    """What was found: the fastest setting that fits, the setting of the file, and all that were looked at.
+
+    `interval_90_ms` is the 90% interval of the best's step, where it was asked for: see `batchsim.intervals`.
+    """
 
     best: Trial
     asked: Trial | None
     trials: tuple[Trial, ...]
     room_bytes: int
     simulations: int
+    interval_90_ms: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As `batchsim tune --json` prints it."""
@@ -61,10 +66,12 @@ class Tuning:
 
 
 def tune(
-    scenario: TrainingScenario, simulate: Simulate, profile: TrainingProfile, *, progress: Tell | None = None
-) -> Tuning:
+    scenario: TrainingScenario, simulate: Simulate, profile: TrainingProfile, *, progress: Tell | None = None,
+    again: Again | None = None,
+) -> Tuning:  # fmt: skip
     """Simulate every micro-batch that divides the global batch and fits the profile's device, with and without
-    checkpointing, under each schedule of the scenario.
+    checkpointing, under each schedule of the scenario. With `again`, which simulates at other costs, the fastest one's
+    step has an interval.
 
     Raises:
         InputError: without a file: not even a micro-batch of one with checkpointing fits.
@@ -103,4 +110,19 @@ def tune(
     close = [trial for trial in fitting if trial.step_ms is not None and trial.step_ms <= fastest * (1 + ALIKE)]
     best = min(close, key=lambda trial: (trial.peak_bytes, trial.step_ms))
     same = [each for each in trials if (each.setting.micro_batch, each.setting.checkpointing) == asked]
-    return Tuning(best, same[0] if same else None, tuple(trials), room_bytes, simulations)
+    interval_ms = None if again is None else _interval_ms(scenario, best.setting, profile, simulate, again)
+    return Tuning(best, same[0] if same else None, tuple(trials), room_bytes, simulations, interval_ms)
+
+
+def _interval_ms(
+    scenario: TrainingScenario, best: Setting, profile: TrainingProfile, simulate: Simulate, again: Again
+) -> tuple[float, float]:
+    from batchsim.intervals import SWEEP_DRAWS, with_intervals
+
+    update = {
+        "micro_batch": best.micro_batch, "checkpointing": best.checkpointing, "schedules": (best.schedule,),
+        "steps": min(scenario.steps, STEPS), "replications": 1,
+    }  # fmt: skip
+    chosen = scenario.model_copy(update=update)
+    run = with_intervals(simulate(chosen), chosen, profile, again, draws=SWEEP_DRAWS)
+    return run.results[best.schedule].interval_90["step_ms.mean"]

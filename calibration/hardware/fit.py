@@ -10,40 +10,43 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from math import exp, log
+from math import log
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
-from scipy.optimize import least_squares, minimize_scalar
+from scipy.optimize import least_squares
 
 from batchsim.files import write_text
-from batchsim.hardware import CATALOGUE
 from batchsim.hardware.forwards import DecoderForwards
-from batchsim.hardware.kernels import product
-from batchsim.hardware.law import Law, Rules, View, rules
+from batchsim.hardware.law import Law, Rules, rules
 from batchsim.hardware.plans import Plan, read_plans
 from batchsim.hardware.transfer import Pair, prefill_on
 from batchsim.model import MODELS
 from batchsim.profile import Profile, load_profile
 from calibration.cells import Cell
+from calibration.hardware.fit_tiles import (
+    DEVICE,
+    NAME,
+    WHOLE,
+    Floats,
+    Product,
+    Timed,
+    plan_by_name,
+    products_text,
+    tile_law,
+    timed_plans,
+)
 
 PLACE = Path(__file__).parents[2] / "batchsim" / "hardware"
 TIMINGS = Path(__file__).with_name("part_timings.json")
-DEVICE = CATALOGUE["h200"]
-WHOLE = DEVICE.sms
 PROFILES = {name: f"h200-{name}" for name in ("llama-3.2-1b", "llama-3.1-8b")}
-# cuBLAS's kernels for Hopper (CUDA 13) tell their tile, columns first, and their clusters; grids were recorded.
-NAME = re.compile(r"nvjet_sm90_tst_(\d+)x(\d+)_64x\d+_(\d)x(\d)_")
 GAP_US = 1.35  # between the kernels of a graph: what a product takes more there than in the profiler
-# From so many rows on a product alone, measured in a short burst, keeps a higher clock than a forward does.
-BURST_ROWS = 256
 SMALL = 40
-ROUGH = 0.03  # relative errors beyond which a point counts less than in proportion
+WHOLE_WEIGHT = 0.7
 STEPS = (16, 10)  # of a loop that decodes, and of one that prefills
 SHORT_TOKENS = 512  # forwards of fewer, launched kernel by kernel, are bound by their launches
 
@@ -54,9 +57,6 @@ FITTED = {
     "attention_bytes_per_ns": (10.0, 100.0), "attention_overlap": (1.5, 12.0), "rows_bytes_per_ns": (10.0, 90.0),
     "full_clock": (0.34, 0.8),
 }  # fmt: skip
-
-Timed = dict[tuple[int, int, int], list[tuple[int, float]]]  # product -> (multiprocessors, us), in graphs
-Floats = NDArray[np.float64]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -102,7 +102,7 @@ def _lines(content: Mapping[str, Any]) -> str:
     return re.sub(r"(?<=[\]}\[]), ?(?=\[)|(?<=\[)(?=\[)", lambda found: found[0].rstrip() + "\n ", text) + "\n"
 
 
-def _key(entry: Mapping[str, Any]) -> tuple[int, int, int]:
+def _key(entry: Mapping[str, Any]) -> Product:
     return entry["n"], entry["k"], entry["rows"]
 
 
@@ -110,10 +110,10 @@ def _products(probe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (entry for entry in probe.get("kernels", ()) if NAME.match(entry["kernel"]))
 
 
-def _profiled(probe: Mapping[str, Any]) -> dict[tuple[int, int, int], float]:
+def _profiled(probe: Mapping[str, Any]) -> dict[Product, float]:
     """Products that were timed by the profiler alone: the faster of two runs, with adding their shares."""
     known = {_key(entry) for entry in probe["gemm"]}
-    found: dict[tuple[int, int, int], dict[str, float]] = {}
+    found: dict[Product, dict[str, float]] = {}
     for entry in probe.get("kernels", ()):
         if (key := _key(entry)) not in known:
             times = found.setdefault(key, {})
@@ -130,14 +130,14 @@ def _decode_context(cell: Mapping[str, Any]) -> int:
 class Timings:
     """What was measured: plans of products without their times, products, and forwards."""
 
-    plans: Mapping[tuple[int, int, int], Plan]
+    plans: Mapping[Product, Plan]
     products: Timed
     forwards: Mapping[int, Sequence[tuple[str, Cell, float]]]
 
     @classmethod
     def read(cls, path: Path) -> Timings:
         content = json.loads(path.read_text(encoding="utf-8"))
-        plans = {(n, k, rows): _plan(n, rows, name, grid) for n, k, rows, name, grid in content["kernels"]}
+        plans = {(n, k, rows): plan_by_name(n, rows, name, grid) for n, k, rows, name, grid in content["kernels"]}
         products: Timed = {}
         for sms, entries in content["products_us"].items():
             for n, k, rows, us in entries:
@@ -154,52 +154,6 @@ class Timings:
             for sms, entries in content["forwards_ns"].items()
         }
         return cls(plans, products, forwards)
-
-
-def _plan(columns: int, rows: int, name: str, grid: Sequence[int]) -> Plan:
-    found = NAME.match(name)
-    assert found is not None
-    wide, high, *cluster = map(int, found.groups())
-    tiles, blocks, size = -(-columns // wide) * -(-rows // high), int(np.prod(grid)), cluster[0] * cluster[1]
-    shares = max(1, blocks // tiles) if "splitK" in name else 1
-    # Grids are rounded up to whole clusters of a row or column; blocks without a tile do nothing.
-    return Plan(wide, high, shares, tiles * shares, min(blocks, -(-tiles * shares // size) * size), size)
-
-
-def timed_plans(timings: Timings, law: Law, without: int = 0) -> dict[tuple[int, int, int], Plan]:
-    """The plans with what a tile takes, from parts of the device (but those of `without` multiprocessors)."""
-    found = {}
-    for key, plan in timings.plans.items():
-        times = [(sms, us) for sms, us in timings.products[key] if sms not in (WHOLE, without)]
-        whole = [us for sms, us in timings.products[key] if sms == WHOLE and key[2] <= BURST_ROWS]
-        known = replace(plan, whole_ns=round(whole[0] * 1e3) if whole else 0)
-        found[key] = replace(known, tile_ns=round(_tile_ns(key, known, times, law)))
-    return found
-
-
-def _tile_ns(key: tuple[int, int, int], plan: Plan, times: Sequence[tuple[int, float]], law: Law) -> float:
-    kernel = product("product", 1, key[2], key[0], key[1], 2)
-    view = {sms: View(Rules(law, {}), DEVICE.cut(sms), "bf16", 1, False) for sms, _ in times}
-
-    def cost(logarithm: float) -> float:
-        tried = replace(plan, tile_ns=exp(logarithm))
-        errors = [log(view[sms].planned_ns(kernel, tried) / us / 1e3) for sms, us in times]
-        return float(sum((1 + (error / ROUGH) ** 2) ** 0.5 for error in errors))
-
-    grid = np.linspace(log(300), log(2e6), 50)
-    at = int(np.argmin([cost(point) for point in grid]))
-    bounds = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
-    return exp(float(minimize_scalar(cost, bounds=bounds, method="bounded").x))
-
-
-def products_text(plans: Mapping[tuple[int, int, int], Plan]) -> str:
-    """The recorded products, as batchsim reads them."""
-    rows = [
-        [*key, p.columns, p.rows, p.shares, p.tiles, p.blocks, p.cluster, p.tile_ns, p.whole_ns]
-        for key, p in sorted(plans.items())
-    ]
-    told = ",\n  ".join(map(json.dumps, rows))
-    return f'{{\n "family": "{DEVICE.family}",\n "sms": {WHOLE},\n "products": [\n  {told}\n ]\n}}\n'
 
 
 def errors(
@@ -227,6 +181,16 @@ def errors(
     return found
 
 
+def decode_errors(timings: Timings, by: Rules, parts: Sequence[int]) -> Iterator[float]:
+    """Log errors of forwards that only decode, in nanoseconds, not relative to the whole device."""
+    for sms in parts:
+        device = DEVICE if sms == WHOLE else DEVICE.cut(sms)
+        for model, cell, ns in timings.forwards[sms]:
+            if not cell.chunk:
+                kernels = DecoderForwards(MODELS[model]).decode(cell.num_seqs, cell.kv_tokens, 1)
+                yield log(by.forward_ns(kernels, device, "bf16", measured=True) / ns)
+
+
 def fit_law(timings: Timings, start: Rules, profiles: Mapping[str, Profile], parts: Sequence[int], most: int) -> Law:
     """The constants that fit the forwards on `parts` best; `most`: steps of the search."""
     names = list(FITTED)
@@ -237,14 +201,15 @@ def fit_law(timings: Timings, start: Rules, profiles: Mapping[str, Profile], par
         return start.law.model_copy(update=dict(zip(names, map(float, point), strict=True)))
 
     def residuals(point: Floats) -> Floats:
-        told = errors(timings, Rules(law_at(point), start.plans), profiles, parts)
+        by = Rules(law_at(point), start.plans)
+        told = errors(timings, by, profiles, parts)
         # The smallest parts are furthest from any that is used, and prompts fewer than decodes.
-        return np.array(
-            [
-                error * (0.5 if sms < SMALL else 1.0) * (1.5 if "/prefill/" in key else 1.0)
-                for (sms, _, key), error in told.items()
-            ]
-        )
+        relative = [
+            error * (0.5 if sms < SMALL else 1.0) * (1.5 if "/prefill/" in key else 1.0)
+            for (sms, _, key), error in told.items()
+        ]
+        # What is a latency, and what is not, the forwards themselves tell better than what they gain and lose.
+        return np.array([*relative, *(WHOLE_WEIGHT * error for error in decode_errors(timings, by, (*parts, WHOLE)))])
 
     scale = np.maximum(first, 0.05 * high)
     found = least_squares(
@@ -283,7 +248,8 @@ def law(
         typer.echo(_told(told, sms))
     content = json.loads(file.read_text(encoding="utf-8"))["provenance"]
     command = "python -m calibration.hardware.fit law"
-    update = {"provenance": {**content, "fit": command}, "spread": spreads(told, fitted.law)}
+    kept = {key: value for key, value in fitted.law.provenance.items() if key == "link"}
+    update = {"provenance": {**content, "fit": command, **kept}, "spread": spreads(told, fitted.law)}
     constants = fitted.law.model_copy(update=update).model_dump(mode="json")
     write_text(PLACE / "law.json", json.dumps({k: _rounded(v) for k, v in constants.items()}, indent=1) + "\n")
 
@@ -292,12 +258,12 @@ def _fitted(
     timings: Timings, law: Law, profiles: Mapping[str, Profile], parts: Sequence[int], steps: int, without: int = 0
 ) -> Rules:
     """Tiles for the constants, constants for the tiles, and tiles again; all of it kept where nothing is left out."""
-    plans = read_plans(products_text(timed_plans(timings, law, without)))
+    plans = read_plans(products_text(timed_plans(timings.plans, timings.products, law, without)))
     law = fit_law(timings, Rules(law, plans), profiles, parts, steps)
-    text = products_text(timed_plans(timings, law, without))
+    timed = timed_plans(timings.plans, timings.products, law, without)
     if not without:
-        write_text(PLACE / "products.json", text)
-    return Rules(law, read_plans(text))
+        write_text(PLACE / "products.json", products_text(timed))
+    return Rules(tile_law(timed, law), read_plans(products_text(timed)))
 
 
 def _told(told: Mapping[tuple[int, str, str], float], sms: int) -> str:
