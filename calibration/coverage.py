@@ -80,8 +80,13 @@ def fit(folder: Folder, draws: Draws = DRAWS, workers: Workers = CORES) -> None:
     """Learn from the points that tell, and write what is installed with the package."""
     from calibration.widths import learn
 
-    provenance = {"command": f"python -m calibration.coverage fit {folder} --draws {draws}"}
-    found = learn(list(points(folder)), draws, provenance, workers=workers)
+    every = list(points(folder))
+    provenance = {
+        "command": f"python -m calibration.coverage fit {folder} --draws {draws}",
+        "points": len(every),
+        "executed": {name: sorted({str(point.facts.get(name)) for point in every}) for name in ("date", "device")},
+    }
+    found = learn(every, draws, provenance, workers=workers)
     (place,) = batchsim.intervals.__path__
     write_json(Path(place) / FILE, found.model_dump(mode="json"))
     typer.echo(f"{sum(map(len, found.fitted_to.values()))} points told")

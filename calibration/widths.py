@@ -21,8 +21,8 @@ from calibration.training.points import HOST_BOUND
 
 Floats = npt.NDArray[np.float64]
 
-# The share of the figures told of that intervals hold: a little more than 90%, as others are further off.
-HELD = 0.92
+# The share of the figures told of that intervals hold.
+HELD = 0.9
 # The tails of errors: Student's t of so many degrees of freedom.
 _TAILS = 4.0
 # Figures that the distribution counts as: a few points of a group.
@@ -42,21 +42,15 @@ _COPIES = ("device_copy_in", "device_copy_out")
 def learn(chosen: Sequence[Point], draws: int, provenance: dict[str, Any], *, workers: int = 1) -> Learned:
     """From executed points, each of which is asked whether it tells."""
     telling = [point for point in chosen if point.told]
+    own = [point for point in telling if not point.transferred]
     names: dict[str, list[str]] = defaultdict(list)
     for point in telling:
         names[point.scenario.kind].append(point.name)
     known = Learned(
-        schema_version=1,
-        provenance=provenance,
-        fitted_to=dict(names),
-        drift=drifts([point for point in telling if not point.transferred]),
-        share={},
-        widths={},
+        schema_version=1, provenance=provenance, fitted_to=dict(names), drift=drifts(own), share={}, widths={}
     )
     # With such a share of the spread of single costs, what draws tell of a whole run holds as many as it should.
-    groups = _grouped(
-        figures_of_all([point for point in telling if not point.transferred], known, draws, workers=workers)
-    )
+    groups = _grouped(figures_of_all(own, known, draws, workers=workers))
     share = {loop: round(width(found[_WHOLE], _NO_FLOOR).spread / NORMAL, 3) for loop, found in sorted(groups.items())}
     known = known.model_copy(update={"share": share})
     groups = _grouped(figures_of_all(telling, known, draws, workers=workers))

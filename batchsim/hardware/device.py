@@ -36,8 +36,8 @@ DeviceName = Annotated[str, AfterValidator(key_of(CATALOGUE)), Field(json_schema
 class Hardware(Model):
     """The device and the host to predict for: one of the catalogue, perhaps with other values, or one's own.
 
-    Other `sms`, or another `clock_mhz`, than the base's change its rates in proportion unless they are given. Fewer `sms`
-    are a part of the base, such as a green context, for which libraries still choose the whole's kernels.
+    Other `sms`, or another `clock_mhz`, than the base's change its rates in proportion unless they are given. Fewer
+    `sms` are a part of the base, such as a green context, for which libraries still choose the whole's kernels.
     """
 
     base: DeviceName | None = None
