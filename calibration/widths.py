@@ -136,7 +136,8 @@ def width(found: Sequence[Figure], floors: Floats = _FLOORS) -> Width:
 
     The ratio of `spread` to `floor` is the likeliest if errors are Student's t, with a scale that is the root of the
     sum of the squares of the two; how large both are is then such that `HELD` of the figures are inside. Of few figures
-    that share says little, and it is drawn towards that of the distribution.
+    that share says little, and it is drawn towards that of the distribution. With a floor, draws count no less than
+    they tell: what is added to their spread, as by a transfer, must show.
     """
     errors = np.abs([figure.error for figure in found])
     offsets = np.array([figure.offset for figure in found])
@@ -148,9 +149,14 @@ def width(found: Sequence[Figure], floors: Floats = _FLOORS) -> Width:
     )
     count = len(errors)
     ratios = errors / np.maximum(np.hypot(spread * offsets, floor), 1e-12)
-    held = float(np.quantile(ratios, min(HELD * (count + 1) / count, 1.0)))
-    by = (count * held + _PRIOR * float(t.ppf((1 + HELD) / 2, _TAILS))) / (count + _PRIOR)
-    return Width(spread=round(spread * by, 3), floor=float(f"{floor * by:.3g}"))
+    level = min(HELD * (count + 1) / count, 1.0)
+    usual_ratio = float(t.ppf((1 + HELD) / 2, _TAILS))
+    by = (count * float(np.quantile(ratios, level)) + _PRIOR * usual_ratio) / (count + _PRIOR)
+    spread, floor = spread * by, floor * by
+    if spread < NORMAL and len(floors) > 1:
+        left = np.maximum(errors**2 - (NORMAL * offsets) ** 2, 0.0)
+        spread, floor = NORMAL, sqrt(float(np.quantile(left, level)))
+    return Width(spread=round(spread, 4), floor=float(f"{floor:.3g}"))
 
 
 def _unlikely(errors: Floats, scales: Floats) -> float:

@@ -20,7 +20,7 @@ from batchsim.intervals import DRAWS, SWEEP_DRAWS, bound, of_run, perturbed, wit
 from batchsim.intervals.belief import columns, spreads
 from batchsim.intervals.design import BLOCK, MOST_FACTORS, signs
 from batchsim.intervals.groups import group_of, scale_of
-from batchsim.intervals.learned import learned, loop_of
+from batchsim.intervals.learned import NORMAL, learned, loop_of
 from batchsim.intervals.perturb import SERVING, TRAINING
 from batchsim.intervals.within import draw, offsets
 from batchsim.profile import Profile, Transfer
@@ -302,7 +302,7 @@ def test_every_figure_of_a_group_that_was_learned_has_its_width(served: Run) -> 
     groups = {group_of(key) for key in figures(served.results["async"])}
     assert groups <= learned().widths["serving/open"].keys()
     for width in (width for widths in learned().widths.values() for width in widths.values()):
-        assert width.spread > 0.3 and width.floor >= 0
+        assert width.spread >= NORMAL and width.floor >= 0
 
 
 def test_more_draws_change_widths_little() -> None:

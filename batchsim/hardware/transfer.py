@@ -245,7 +245,10 @@ def spread(pair: Pair, slower: float) -> dict[str, float]:
     most, up to two.
     """
     source, target = pair.source, pair.target
-    alike = target.family == source.family and target.planned == source.planned
+    # Parts of one device alone were measured: an H100 is an H200 with another memory, of which nothing is known.
+    alike = all(
+        getattr(target, key) == getattr(source, key) for key in ("family", "planned", "clock_mhz", "memory_gb_per_s")
+    )
     known = pair.rules.law.spread["part" if alike else "other"]
     rates = (
         target.sms / source.sms,

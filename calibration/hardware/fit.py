@@ -1,7 +1,11 @@
 """Fit the law of transfer to products and forwards that were timed on parts of a device (green contexts).
 
-python -m calibration.hardware.fit keep FOLDER     # what the probe wrote of each part -> part_timings.json
+python -m calibration.hardware.probe measure --out DIR --sms 24,48,56,80,88,112,120,132
+python -m calibration.hardware.fit keep DIR        # what the probe wrote of each part -> part_timings.json
 python -m calibration.hardware.fit law             # -> batchsim/hardware/law.json and products.json, and residuals
+
+The timings that are kept here were measured by a first form of that probe: the same products and forwards, but kernels
+in the profiler on 56, 80, 112 and 132 multiprocessors only.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from calibration.hardware.fit_tiles import (
     tile_law,
     timed_plans,
 )
+from calibration.hardware.probe import DECODE_STEPS, PREFILL_STEPS
 
 PLACE = Path(__file__).parents[2] / "batchsim" / "hardware"
 TIMINGS = Path(__file__).with_name("part_timings.json")
@@ -47,7 +52,7 @@ PROFILES = {name: f"h200-{name}" for name in ("llama-3.2-1b", "llama-3.1-8b")}
 GAP_US = 1.35  # between the kernels of a graph: what a product takes more there than in the profiler
 SMALL = 40
 WHOLE_WEIGHT = 0.7
-STEPS = (16, 10)  # of a loop that decodes, and of one that prefills
+STEPS = (DECODE_STEPS, PREFILL_STEPS)
 SHORT_TOKENS = 512  # forwards of fewer, launched kernel by kernel, are bound by their launches
 
 FITTED = {
@@ -73,10 +78,7 @@ def keep(
         parts[probe["info"]["stream"]] = probe
     kernels = {_key(entry): (entry["kernel"], entry["grid"]) for entry in _products(parts[WHOLE])}
     content = {
-        "provenance": {
-            "device": DEVICE.reported[0], "torch": "2.11.0+cu130", "cuda": "13.0", "driver": "580.159.04",
-            "date": "2026-11-21", "how": "torch.cuda.green_contexts; products in graphs, their weights beyond the L2",
-        },
+        "provenance": parts[WHOLE]["provenance"],
         "kernels": [[*key, name, grid] for key, (name, grid) in sorted(kernels.items())],
         "products_us": {
             str(sms): [[*_key(entry), round(entry["us"], 3)] for entry in probe["gemm"]]
