@@ -150,12 +150,12 @@ def width(found: Sequence[Figure], floors: Floats = _FLOORS) -> Width:
     count = len(errors)
     ratios = errors / np.maximum(np.hypot(spread * offsets, floor), 1e-12)
     level = min(HELD * (count + 1) / count, 1.0)
-    usual_ratio = float(t.ppf((1 + HELD) / 2, _TAILS))
-    by = (count * float(np.quantile(ratios, level)) + _PRIOR * usual_ratio) / (count + _PRIOR)
+    held = float(np.quantile(ratios, level))
+    by = (count * held + _PRIOR * float(t.ppf((1 + HELD) / 2, _TAILS))) / (count + _PRIOR)
     spread, floor = spread * by, floor * by
     if spread < NORMAL and len(floors) > 1:
         left = np.maximum(errors**2 - (NORMAL * offsets) ** 2, 0.0)
-        spread, floor = NORMAL, sqrt(float(np.quantile(left, level)))
+        spread, floor = NORMAL, sqrt(float(np.quantile(left, level))) * by / max(held, 1e-12)
     return Width(spread=round(spread, 4), floor=float(f"{floor:.3g}"))
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm
 
 from batchsim.intervals.groups import group_of
-from batchsim.intervals.learned import learned
+from batchsim.intervals.learned import NORMAL, learned
 from calibration.coverage import THROUGHPUT, judged, told
 from calibration.executed import Figure, Point, figures_of, points
 from calibration.widths import HELD, drifts, width
@@ -74,9 +74,14 @@ def test_a_width_is_found_again() -> None:
 
 
 def test_a_few_figures_do_not_decide_alone() -> None:
-    one = width([figure(0.1, 0.001), figure(0.0, 0.001)])
-    many = width([figure(0.1, 0.001), figure(0.0, 0.001)] * 500)
-    assert np.hypot(0.001 * one.spread, one.floor) > 1.2 * np.hypot(0.001 * many.spread, many.floor)
+    few, many = ([figure(0.01, 0.001), figure(-0.01, 0.001)] * times for times in (1, 500))
+    halves = [np.hypot(0.001 * found.spread, found.floor) for found in (width(few), width(many))]
+    assert halves[0] > 1.2 * halves[1] and halves[1] == pytest.approx(0.01, rel=0.1)
+
+
+def test_draws_count_no_less_than_they_tell() -> None:
+    found = width([figure(0.02 * (-1) ** i, 0.001 + 0.1 * (i % 2)) for i in range(200)])
+    assert found.spread == pytest.approx(NORMAL, rel=1e-3)
 
 
 def test_drifts_are_how_far_stages_were_off(closed: list[Point]) -> None:
