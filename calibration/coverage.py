@@ -38,7 +38,9 @@ HEADLINES = {
     "latency_ms.e2e.p50": "E2E p50",
     "latency_ms.e2e.p99": "E2E p99",
 }
-THROUGHPUT = ("throughput_tokens_per_s", "throughput_requests_per_s")
+# One figure of each run: what it generates or trains on a second, or the requests that it answers.
+THROUGHPUT = {"serving": "throughput_tokens_per_s", "training": "throughput_tokens_per_s"}
+ANSWERED = "throughput_requests_per_s"
 HEADER = """\
 | {} | figures | inside | of those held out | below | above | median half width |
 |---|--:|--:|--:|--:|--:|--:|"""
@@ -75,6 +77,11 @@ def judged(figure: Figure, known: Learned) -> Judged:
     return Judged(figure, half, at)
 
 
+def throughput_key(figure: Figure) -> str:
+    """Which figure is the throughput of the run that `figure` is of."""
+    return THROUGHPUT.get(figure.loop.split("/")[0], ANSWERED)
+
+
 @app.command()
 def fit(folder: Folder, draws: Draws = DRAWS, workers: Workers = CORES) -> None:
     """Learn from the points that tell, and write what is installed with the package."""
@@ -108,7 +115,7 @@ def table(
 
 def told(every: Sequence[Judged]) -> Iterator[str]:
     """Coverage and widths: of headline figures; by kind, schedule and group; and of all."""
-    throughput = [each for each in every if each.figure.key in THROUGHPUT]
+    throughput = [each for each in every if each.figure.key == throughput_key(each.figure)]
     runs = {(each.figure.point, each.figure.loop, each.figure.schedule) for each in every}
     names = {(each.figure.point, each.figure.loop) for each in every}
     yield f"{len(names)} executed points, {len(runs)} runs, {len(every):,} figures."

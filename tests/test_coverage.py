@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from batchsim.intervals.groups import group_of
 from batchsim.intervals.learned import NORMAL, learned
-from calibration.coverage import THROUGHPUT, judged, told
+from calibration.coverage import judged, throughput_key, told
 from calibration.executed import Figure, Point, figures_of, points
 from calibration.widths import HELD, drifts, width
 
@@ -57,7 +57,7 @@ def test_intervals_hold_what_was_executed(closed: list[Point]) -> None:
     assert len(held_out) > 100
     for chosen in (every, held_out):
         assert 0.85 <= np.mean([each.inside for each in chosen]) <= 0.97
-    throughput = [each for each in every if each.figure.key in THROUGHPUT]
+    throughput = [each for each in every if each.figure.key == throughput_key(each.figure)]
     assert np.mean([each.inside for each in throughput]) >= 0.85
     # Not by being wide: on either side of the point less than a tenth of it.
     assert np.median([each.half for each in throughput]) < 0.1
