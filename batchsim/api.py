@@ -120,13 +120,8 @@ def run(scenario: Source, *, draws: int | None = None) -> RunView:
         InputError: what is wrong with the scenario, or why it cannot run, such as what does not fit the device.
         RunError: the profile lacks a loop that the scenario asks for.
     """
-    from batchsim.intervals import DRAWS
-
     loaded, checked = _timed(scenario)
-    found = evaluate_scenario(
-        KINDS[checked.kind], checked, file=loaded.file, base=loaded.base, draws=DRAWS if draws is None else draws
-    )
-    return RunView(found)
+    return RunView(evaluate_scenario(KINDS[checked.kind], checked, file=loaded.file, base=loaded.base, draws=draws))
 
 
 @_plainly
@@ -188,6 +183,8 @@ def plan(
     """
     from batchsim.plan import plan as solved
 
+    if draws is not None and draws < 1:
+        raise InputError("plan()", "draws", shown(draws), "1 or more: how sure an answer is comes from them")
     parts = {"name": name, "objectives": objectives, "candidates": candidates, "confidence": confidence}
     given = {key: plain(value) for key, value in parts.items() if value is not None}
     if what is not None and not isinstance(what, Mapping):

@@ -327,7 +327,7 @@ def tile_level_of(scenario: Scenario, profile: Profile) -> TileLevel | None:
     """The tile level of a scenario that has the tile schedule, by the scenario's tile profile or its device's."""
     if "tile" not in scenario.schedules:
         return None
-    if profile.transfer is not None:
+    if profile.transfer is not None and not profile.transfer.same_device:
         return None  # a tile profile is of one device
     if scenario.tile_profile is not None:
         tiles: TileProfile | None = load_tile_profile(scenario.tile_profile, key="tile_profile")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class BatchSimError(Exception):
@@ -63,15 +64,26 @@ class RunError(BatchSimError):
     """A run that failed, such as for want of a GPU or of a measured cost."""
 
 
+def need_pandas() -> None:
+    """Frames are the only use of pandas, which the extra `notebook` installs.
+
+    Raises:
+        RunError: it is not there.
+    """
+    if find_spec("pandas") is None:
+        raise RunError("a frame needs pandas: pip install 'batchsim[notebook]'")
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The one of `known` that `word` most resembles, in any case and with `-` for `_`, or None.
 
-    Where several are close, one with the same letters goes first: a swap of two letters is one slip, which a ratio of
-    common letters counts as two.
+    One that goes on where `word` ends, as `h100-sxm` does after `h100`, is meant. Where several are close, one with the
+    same letters goes first: a swap of two letters is one slip, which a ratio of common letters counts as two.
     """
     word = word.lower().replace("-", "_")
     folded = {entry.lower().replace("-", "_"): entry for entry in known}
-    matches = sorted(get_close_matches(word, folded), key=lambda match: sorted(match) != sorted(word))
+    longer = [entry for entry in folded if entry.startswith(f"{word}_")]
+    matches = longer or sorted(get_close_matches(word, folded), key=lambda match: sorted(match) != sorted(word))
     return folded[matches[0]] if matches else None
 
 

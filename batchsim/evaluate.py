@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +57,11 @@ def scenario_of(
     return KINDS[kind], fields.read(model, _refusals(model), whole, file, overrides)
 
 
-def evaluate(document: Mapping[str, Any], *, file: str, base: Path, draws: int = 0) -> Run:
+def evaluate(document: Mapping[str, Any], *, file: str, base: Path, draws: int | None = 0) -> Run:
     """Simulate the scenario that `document` describes, every schedule of it.
 
     Profiles and traces are looked for relative to `base`; `file` is what errors name. With `draws` the figures get
-    their 90% intervals, from so many draws.
+    their 90% intervals, from so many draws; None: from as many as its length allows.
 
     Raises:
         InputError: what is wrong with the scenario, or why it cannot run, such as what does not fit the device.
@@ -72,7 +72,7 @@ def evaluate(document: Mapping[str, Any], *, file: str, base: Path, draws: int =
     return evaluate_scenario(kind, scenario, file=file, base=base, draws=draws)
 
 
-def evaluate_scenario(kind: Kind, scenario: AnyScenario, *, file: str, base: Path, draws: int = 0) -> Run:
+def evaluate_scenario(kind: Kind, scenario: AnyScenario, *, file: str, base: Path, draws: int | None = 0) -> Run:
     """As `evaluate`, of a scenario that has been read."""
     try:
         return _evaluated(kind, scenario, base, draws)
@@ -80,22 +80,16 @@ def evaluate_scenario(kind: Kind, scenario: AnyScenario, *, file: str, base: Pat
         raise error.within(file) from None
 
 
-def _evaluated(kind: Kind, scenario: AnyScenario, base: Path, draws: int) -> Run:
+def _evaluated(kind: Kind, scenario: AnyScenario, base: Path, draws: int | None) -> Run:
     placed, costs = placed_in(scenario, base), kind.costs(scenario, base)
     run = _whole(kind.simulate(placed, costs, base=base))
-    if draws:
-        from batchsim.intervals import with_intervals
+    if draws != 0:
+        from batchsim.intervals import again, of_run
 
-        run = with_intervals(run, placed, costs, partial(_again, kind, base), draws=draws)
+        run = of_run(run, placed, costs, again(kind, base), draws=draws)
     if placed is not scenario:  # the result tells what was written, wherever that is
         run = replace(run, scenario=run.scenario | {"tile_profile": scenario.model_dump(mode="json")["tile_profile"]})
     return run
-
-
-def _again(kind: Kind, base: Path, scenario: AnyScenario, costs: AnyProfile) -> Run:
-    """A run of which the figures alone are wanted, of a scenario that fitted."""
-    options = {"watch": False} if scenario.kind == "serving" else {}
-    return _whole(kind.simulate(scenario, costs, checks=False, base=base, **options))
 
 
 def _whole(run: Run) -> Run:

@@ -36,9 +36,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         with file:
             file.write(data)
             put(file, temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say what it had no room for
+            error.filename = str(path)
         raise
 
 

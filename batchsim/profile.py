@@ -237,6 +237,11 @@ class Transfer(Measured):
     spread: dict[str, NonNegativeFloat]
 
     @property
+    def same_device(self) -> bool:
+        """Whether only the host and its links are others, so that forwards take what was measured."""
+        return not self.spread.get("decode")
+
+    @property
     def sentence(self) -> str:
         """For a result's warnings."""
         devices = f"{self.tensor_parallel} x " if self.tensor_parallel > 1 else ""

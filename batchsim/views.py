@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchsim.errors import InputError, shown
+from batchsim.errors import InputError, need_pandas, shown
 from batchsim.refusal import choice
 from batchsim.result import Run, ScheduleResult, figures
 
@@ -46,6 +46,7 @@ class RunView:
 
     def frame(self) -> pd.DataFrame:
         """A row for each schedule; each figure has a column, and two for its 90% interval: `.low` and `.high`."""
+        need_pandas()
         import pandas as pd
 
         rows = {name: _with_bounds(result) for name, result in self.results.items()}
@@ -127,6 +128,7 @@ class TilesView:
 
     def frame(self) -> pd.DataFrame:
         """A row for each case and policy; `batchsim.tiles.result.DEFINITIONS` says what the figures mean."""
+        need_pandas()
         import pandas as pd
 
         return pd.DataFrame(
@@ -142,6 +144,7 @@ class TilesView:
 
     def tiles(self, case: int = 0) -> pd.DataFrame:
         """A row for each tile of the picture of a case: where it ran, from when to when, and how long it waited."""
+        need_pandas()
         import pandas as pd
 
         return pd.DataFrame(

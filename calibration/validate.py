@@ -185,6 +185,9 @@ def execute(
     """
     if scenario.replicas > 1:
         raise InputError(None, "replicas", f"{scenario.replicas}", "1: this machine is one replica")
+    if scenario.tensor_parallel > 1:
+        wanted = "1: `python -m calibration.hardware.tensor_parallel run` executes models that devices share"
+        raise InputError(None, "tensor_parallel", f"{scenario.tensor_parallel}", wanted)
     bench = bench or Bench(device)
     requests = requests_of(scenario, base)
     blocks = num_kv_blocks(scenario, profile.device_memory_bytes)

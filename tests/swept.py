@@ -55,7 +55,8 @@ def simulated(fields: Mapping[str, Any]) -> tuple[Run, dict[str, dict[str, list[
     scenario = {**_sample().scenario, "slo": {"ttft_ms": 500.0}, **fields}
     provenance = _sample().provenance
     if fields.get("hardware", "h200") != "h200":
-        provenance = {**provenance, "transfer": {"target": fields["hardware"]}}
+        transfer = {"source": "h200", "target": fields["hardware"], "hardware": fields["hardware"], "spread": {}}
+        provenance = {**provenance, "transfer": transfer}
     return replace(_sample(), scenario=scenario, results=results, windows=_windows(), provenance=provenance), cdf
 
 

@@ -128,6 +128,7 @@ def refusals() -> list[tuple[Any, str]]:
         (lambda: batchsim.sweep("x.yaml", grid={}), "sweep(): found grid beside a whole one, wanted one of the two"),
         (lambda: batchsim.plan("x.yaml", name="x"), "plan(): found name beside a whole one, wanted one of the two"),
         (lambda: batchsim.plan({"kind": "plan"}, scenario=SERVER), "plan(): found scenario beside a whole one"),
+        (lambda: batchsim.plan("x.yaml", draws=0), "plan(): draws: found 0, wanted 1 or more"),
         (lambda: batchsim.explain(SERVER, by=2), "explain(): by: found 2, wanted a share above 0 and below 1"),
     ]
 
@@ -209,7 +210,8 @@ def test_other_kinds_of_scenarios_show_themselves(file: str) -> None:
 def test_a_sweep_by_its_parts_is_the_sweep_of_the_file(tmp_path: Path) -> None:
     rates, delays = np.arange(100, 160, 20), [0, 1000]
     grid = {"workload.request_rate": rates, "max_queue_delay_us": delays}
-    parts = batchsim.sweep(scenario=SERVER, grid=grid, name="both", draws=0, workers=0)
+    none: Any = np.int64(0)
+    parts = batchsim.sweep(scenario=SERVER, grid=grid, name="both", draws=none, workers=none)
     points = [{"workload.request_rate": rate, "max_queue_delay_us": delay} for rate in rates for delay in delays]
     listed = batchsim.sweep(scenario=batchsim.load(SERVER), points=points, name="both", draws=0, workers=0)
     whole = {"kind": "sweep", "name": "both", "scenario": SERVER, "list": points}

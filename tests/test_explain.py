@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,25 @@ def test_ctrl_c_leaves_the_stages_that_are_done(monkeypatch: pytest.MonkeyPatch)
     assert found.partial is not None and found.partial.startswith("interrupted after 3 of")
     assert len(found.schedules["sync"].gains) <= 3
     assert found.sentences[0].startswith("This is not the whole answer")
+
+
+def test_ctrl_c_before_the_first_stage_is_told(host_heavy: Explanation) -> None:
+    stopped = replace(
+        host_heavy,
+        partial="interrupted after 0 of 9 stages",
+        schedules={name: replace(each, gains=()) for name, each in host_heavy.schedules.items()},
+    )
+    assert stopped.sentences[1:] == [
+        f"{name}: of no stage is it known yet what it is worth." for name in stopped.schedules
+    ]
+    assert stopped.to_json()["partial"]
+
+
+def test_a_small_speed_up_is_worth_its_share() -> None:
+    """What a stage is worth does not depend on how much faster it is taken to get."""
+    told = [explained(closed(schedules=("sync",)), small_profile(), by).sentences[0] for by in (BY, 0.002)]
+    assert all("work on" in text and "a faster host gives nothing" not in text for text in told)
+    assert "10% faster" in told[0] and "0.2% faster" in told[1]
 
 
 def test_the_command_explains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,3 +237,12 @@ class TestKinds:
         plain = KINDS["serving"].simulate(small_scenario(), profile)
         assert "transfer" not in plain.provenance
         assert not any(result.warnings for result in plain.results.values())
+
+    @pytest.mark.parametrize(("hardware", "known"), [({"host_speed": 0.5}, True), ({"sms": 66}, False)])
+    def test_a_tile_profile_is_of_its_device_whatever_the_host(self, hardware: dict[str, Any], known: bool) -> None:
+        from batchsim.engine import tile_level_of
+        from batchsim.hardware.transfer import for_scenario
+
+        scenario = small_scenario(model="llama-3.1-8b", schedules=("tile",), hardware=Hardware(base="h200", **hardware))
+        profile = for_scenario(load_profile("h200-llama-3.1-8b"), scenario)
+        assert (tile_level_of(scenario, profile) is not None) is known

@@ -17,10 +17,17 @@ from calibration.executor.partition import (
     smallest_part,
     stream_like_current,
 )
-from calibration.validate import part_at_hand
-from tests.profiles import scenario
+from calibration.validate import execute, part_at_hand
+from tests.profiles import scenario, small_profile
 
 H200 = CATALOGUE["h200"]
+
+
+@pytest.mark.parametrize("key", ["replicas", "tensor_parallel"])
+def test_what_takes_several_devices_is_not_executed_on_one(key: str) -> None:
+    with pytest.raises(InputError) as refused:
+        execute(scenario(**{key: 2}), small_profile(), "cpu")
+    assert refused.value.key == key
 
 
 class TestPartOf:

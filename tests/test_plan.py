@@ -193,6 +193,26 @@ def test_what_no_candidate_can_reach_takes_no_simulation() -> None:
     assert "beyond them" in found.sentences[1]
 
 
+@pytest.mark.parametrize(
+    ("fewest", "objectives", "told"),
+    [
+        (1, {"p99_ttft_ms": "<=60000"}, "No candidate is cheaper."),
+        (2, {"p99_ttft_ms": "<=60000"}, "No candidate is cheaper."),
+        (
+            1,
+            {"throughput_tokens_per_s": ">=6000"},
+            "No cheaper candidate can carry the load at the rate that is asked for, by the profile's costs alone.",
+        ),
+    ],
+)
+def test_why_nothing_cheaper_was_tried(fewest: int, objectives: dict[str, str], told: str) -> None:
+    scenario = small_plan()["scenario"]
+    scenario["workload"] = {"kind": "fixed", "num_prompts": 200, "input_len": 30, "output_len": 200}
+    asked = candidates(hardware=["l4"], max_num_seqs=[64], replicas={"min": fewest, "max": 16})
+    found = plan(small_plan(scenario=scenario, objectives=objectives, **asked))
+    assert [each.text for each in found.would_change if each.kind in ("floor", "near_miss")] == [told]
+
+
 def test_rates_and_shares_are_reached_with_the_wanted_confidence() -> None:
     scenario = small_plan()["scenario"] | {"slo": {"ttft_ms": 60, "tpot_ms": 20}}
     found = plan(

@@ -139,6 +139,19 @@ def test_a_batch_that_never_reaches_its_limit_is_the_same_under_another() -> Non
         ("serving_512_128", ["max_num_batched_tokens=512"]),
         ("serving_512_128", ["cuda_graphs=false", "max_num_seqs=32"]),
         ("serving_chat_8b_h200", ["workload.num_prompts=2000"]),
+        # Steps that are full of prompts, with few decodes beside them.
+        # A slow host, for which all that counts is how few steps there are: all full, with 6.7 decodes beside a prompt.
+        (
+            "serving_512_128",
+            [
+                "workload.input_len=300",
+                "workload.output_len=5",
+                "max_num_seqs=17",
+                "max_num_batched_tokens=512",
+                "cuda_graphs=false",
+                "host_speed=0.1",
+            ],
+        ),
     ],
 )
 def test_no_run_serves_more_than_the_bound_without_simulation(name: str, sets: list[str]) -> None:

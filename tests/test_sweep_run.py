@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +20,9 @@ from batchsim.cli import app
 from batchsim.errors import InputError, RunError
 from batchsim.evaluate import evaluate, resolved
 from batchsim.result import figures, run_json
-from batchsim.sweep import pool
+from batchsim.shipped import shipped
+from batchsim.sweep import point as one_point
+from batchsim.sweep import points, pool
 from batchsim.sweep.result import SweepResult
 from batchsim.sweep.run import Sweep, of, run
 from batchsim.sweep.store import only_writer
@@ -107,6 +111,12 @@ class TestResult:
         table = run(of(asked, draws=0), workers=0).table()
         assert table["schedules"].to_pylist() == [None, None, "sync"]
         assert table["max_queue_delay_us"].to_pylist() == [1.5, None, 3.0]
+
+    def test_a_heat_map_leaves_out_points_without_a_value_of_its_fields(self) -> None:
+        listed = [{"max_batch_size": 2, "max_queue_delay_us": 1}, {"max_batch_size": 4}, {"max_queue_delay_us": 2}]
+        found = run(of({"kind": "sweep", "name": "x", "scenario": SERVER, "list": listed}, draws=0), workers=0)
+        heat = found.heatmap("max_batch_size", "max_queue_delay_us").data[0]
+        assert (list(heat.x), list(heat.y)) == ([2], [1])
 
     def test_what_was_written_is_read_again(self, sweep: Sweep, tmp_path: Path) -> None:
         found = run(sweep, tmp_path, workers=0)
@@ -327,3 +337,55 @@ class TestCommand:
         assert files
         for file in files:
             assert all(point.refused is None for point in read(file, draws=0).points)
+
+
+class TestMachine:
+    @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+    def test_what_the_machine_lacked_is_told_and_tried_again(
+        self, error: Exception, sweep: Sweep, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*_: object, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(one_point, "evaluate", fails)
+            found = run(sweep, tmp_path, workers=0)
+        assert len(found.failed) == POINTS and type(error).__name__ in found.failed[0]["error"]
+        assert not list((tmp_path / "points").iterdir())
+        run(sweep, tmp_path, workers=0)
+        assert contents(tmp_path) == whole
+
+    def test_a_full_disk_is_told_with_the_file_and_leaves_nothing_half_written(self, tmp_path: Path) -> None:
+        file = written(tmp_path / "sweep.yaml", server_sweep(4))
+        command = f"ulimit -f 4; exec {sys.executable} -m batchsim sweep {file} --out {tmp_path / 'out'} --workers 0"
+        done = subprocess.run(["bash", "-c", command], cwd=SCENARIOS.parent, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith(str(tmp_path / "out" / "points")) and done.stderr.count("\n") == 1
+        assert contents(tmp_path / "out") == {}
+
+    def test_processes_run_this_code_whatever_lies_in_the_working_directory(
+        self, sweep: Sweep, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("batchsim", "numpy"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text("raise SystemExit(3)")
+        monkeypatch.chdir(tmp_path)
+        run(sweep, tmp_path / "out", workers=1)
+        assert contents(tmp_path / "out") == whole
+
+    @pytest.mark.parametrize("workers", [-1, 1.5])
+    def test_impossible_numbers_of_processes_are_refused(self, sweep: Sweep, workers: int) -> None:
+        with pytest.raises(InputError, match=r"workers: found .* wanted an integer, 0 or more"):
+            run(sweep, workers=workers)
+
+    def test_what_fits_into_memory_is_part_of_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        known, other = shipped("memory"), tmp_path / "h200.json"
+        other.write_text("{}")
+        before = points.code_version.__wrapped__()
+        monkeypatch.setattr(points, "shipped", lambda folder: known | {"h200": other})
+        assert known and points.code_version.__wrapped__() != before
+
+    def test_so_is_whether_numba_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = points.code_version.__wrapped__()
+        monkeypatch.setattr(points, "_LIBRARIES", ("no-such-library", *points._LIBRARIES[1:]))
+        assert points.code_version.__wrapped__() != before

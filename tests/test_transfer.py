@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -149,6 +150,20 @@ class TestIdentity:
         assert found.device == measured().device
         assert found.transfer is not None and found.transfer.spread["decode"] == 0.0
 
+    def test_so_does_one_that_was_written_down_by_its_numbers(self) -> None:
+        own = Hardware(
+            sms=H200.sms,
+            clock_mhz=H200.clock_mhz,
+            matrix_tflops={"bf16": H200.matrix_tflops["bf16"]},
+            vector_tflops={"fp32": H200.vector_tflops["fp32"]},
+            memory_bytes=H200.memory_bytes,
+            memory_gb_per_s=H200.memory_gb_per_s,
+            pcie_gb_per_s=H200.pcie_gb_per_s,
+        )
+        assert transferred(measured(), own.device()) is measured()
+        unlike = transferred(measured(), other(family="unknown", l2_bytes=1 << 20)).transfer
+        assert unlike is not None and unlike.spread["decode"] > 0
+
     @pytest.mark.parametrize("name", ["h100-sxm", "l4", "b200"])
     def test_there_and_back_is_where_it_began(self, name: str) -> None:
         there = transferred(measured(), CATALOGUE[name])
@@ -197,6 +212,37 @@ class TestMonotony:
         assert all(after <= before * (1 + 1e-9) for after, before in pairs)
         after, before = found.device.prefill, measured(model).device.prefill
         assert all(a <= b * (1 + 1e-9) for a, b in zip(after.ns, before.ns, strict=True))
+
+    @pytest.mark.parametrize("factor", [0.25, 0.5, 2.0])
+    def test_long_prompts_go_with_the_rate_of_the_matrix_units(self, factor: float) -> None:
+        # Also where the tiles of the base were recorded.
+        rates = {dtype: rate * factor for dtype, rate in H200.matrix_tflops.items()}
+        found = transferred(measured(), Hardware(base="h200", matrix_tflops=rates).device())
+        assert found.device.prefill.ns[-1] / measured().device.prefill.ns[-1] == pytest.approx(1 / factor, rel=0.15)
+        assert found.device.prefill.pair_ns == pytest.approx(measured().device.prefill.pair_ns / factor)
+
+    def test_more_nvlink(self) -> None:
+        times = [
+            decode_ns(transferred(measured("llama-3.2-1b"), other(nvlink_gb_per_s=link), 2))
+            for link in (0.0, 1.0, 30.0, 64.0, 450.0, 900.0)
+        ]
+        for slower, faster in pairwise(times):
+            assert all(after <= before for after, before in zip(faster, slower, strict=True))
+
+    @pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b"])
+    def test_two_multiprocessors_more_than_the_source_s(self, model: str) -> None:
+        # For them no product was recorded; what is wrong with the law's own tiles must not count as a difference.
+        after, before = transferred(measured(model), H200.cut(134)), measured(model)
+        pairs = [*zip(decode_ns(after), decode_ns(before), strict=True)]
+        pairs += zip(after.device.prefill.ns, before.device.prefill.ns, strict=True)
+        ratios = [a / b for a, b in pairs]
+        assert min(ratios) > 0.9 and max(ratios) < 1.02
+
+    @pytest.mark.parametrize("sms", [113, 115, 133])
+    def test_an_odd_number_of_multiprocessors_has_no_wave_more(self, sms: int) -> None:
+        own = {"family": "unknown", "whole_sms": None}
+        less, more = (transferred(measured(), H200.cut(n).model_copy(update=own)) for n in (sms - 1, sms))
+        assert all(a <= b * 1.01 for a, b in zip(more.device.prefill.ns, less.device.prefill.ns, strict=True))
 
     @pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b"])
     @pytest.mark.parametrize("sms", [16, 32, 48, 64])

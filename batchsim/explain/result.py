@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from batchsim.errors import need_pandas
+
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 SCHEMA_VERSION = 1
 ALL = "everything"
-# A gain below this is not worth the name.
-NEGLIGIBLE = 0.001
+# A gain below this share of the speed-up is not worth the name.
+NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Explained:
     everything: Gain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """Virtual speed-ups of a scenario: every stage of it run at (1 + `by`) times its speed, one at a time.
 
@@ -111,6 +113,7 @@ class Explanation:
 
     def frame(self) -> pd.DataFrame:
         """`rows` as a pandas frame."""
+        need_pandas()
         import pandas as pd
 
         return pd.DataFrame(self.rows())
@@ -120,6 +123,9 @@ class Explanation:
         from batchsim.explain.figure import gains_figure
 
         return gains_figure(self)
+
+    def __repr__(self) -> str:
+        return "\n".join([f"<Explanation {self.name!r}>", *self.sentences])
 
     def _repr_html_(self) -> str:
         told = "".join(f"<li>{escape(text)}</li>" for text in self.sentences)

@@ -95,6 +95,7 @@ class Hardware(Model):
         changed = ", ".join(f"{key} {value}" for key, value in given.items() if key in _TOLD)
         name = f"{base.name} ({changed})" if changed else base.name
         title = f"{base.title} ({changed})" if changed else base.title
+        given |= {key: {**getattr(cut, key), **given[key]} for key in _RATES if key in given}
         return cut.model_copy(update={"name": name, "title": title} | given)
 
 
@@ -106,6 +107,7 @@ _OWN: Mapping[str, Any] = {
 _NEEDED = (
     "sms", "clock_mhz", "matrix_tflops", "vector_tflops", "memory_bytes", "memory_gb_per_s", "pcie_gb_per_s",
 )  # fmt: skip
+_RATES = ("matrix_tflops", "vector_tflops")  # by type: a type that is not given keeps the base's
 _TOLD = ("sms", "clock_mhz", "memory_gb_per_s", "memory_bytes", "host_cores", "host_speed")
 
 

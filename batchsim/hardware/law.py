@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
+from math import isclose
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
-from batchsim.hardware.catalogue import Device
+from batchsim.hardware.catalogue import Device, device_of
 from batchsim.hardware.kernels import FLOAT32, Kernel
 from batchsim.hardware.plans import Plan, Plans, plan_of, read_plans
 
@@ -82,6 +83,11 @@ class Rules:
 
     law: Law
     plans: Plans
+
+    @cached_property
+    def measured_on(self) -> Device | None:
+        """The device that the law's constants and the products' tiles are of."""
+        return device_of(self.law.provenance)
 
     def forward_ns(
         self, kernels: Iterable[Kernel], device: Device, dtype: str, devices: int = 1, *, measured: bool = False
@@ -160,7 +166,7 @@ class View:
     def planned_ns(self, kernel: Kernel, plan: Plan) -> float:
         """Nanoseconds of a product that is tiled so."""
         law, slower = self.law, self.law.clock_mhz / self.device.clock_mhz
-        own = plan.tile_ns * slower if plan.tile_ns else self._tile_ns(kernel, plan)
+        own = self._recorded_ns(kernel, plan) if plan.tile_ns else self._tile_ns(kernel, plan)
         ns = law.product_latency_ns * slower + self._tiles_ns(kernel, plan, own / self.clock)
         if plan.shares > 1:
             moved = kernel.rows * kernel.columns * FLOAT32 * plan.shares * law.split_passes
@@ -188,6 +194,16 @@ class View:
         slower = law.clock_mhz / self.device.clock_mhz
         return law.tile_ns * slower + max(arithmetic, loads * slower)
 
+    def _recorded_ns(self, kernel: Kernel, plan: Plan) -> float:
+        """A tile that was recorded: by the clock, and by its arithmetic where the matrix units are others."""
+        slower, known = self.law.clock_mhz / self.device.clock_mhz, self.rules.measured_on
+        if known is None:
+            return plan.tile_ns * slower
+        there = replace(self, device=known, devices=1, clock=1.0)
+        if isclose(self._rate * slower, there._rate):
+            return plan.tile_ns * slower
+        return plan.tile_ns * self._tile_ns(kernel, plan) / there._tile_ns(kernel, plan)
+
     @property
     def _rate(self) -> float:
         """FLOP per nanosecond of one multiprocessor's matrix units."""
@@ -203,13 +219,18 @@ class View:
         return float((own**order + (size_bytes / self._bandwidth) ** order) ** (1 / order))
 
     def _reduce_ns(self, kernel: Kernel) -> float:
-        """An all-reduce in a ring: NCCL's way for few bytes, or that for many."""
+        """An all-reduce in a ring: NCCL's way for few bytes, or that for many, over NVLink or PCIe."""
         device, devices = self.device, self.devices
-        link = device.nvlink_gb_per_s or device.pcie_gb_per_s
         # Twice as long a way through the host's memory; a round more for each doubling of the devices.
-        further = (1 if device.nvlink_gb_per_s else 2) * (1 + (devices - 1).bit_length()) / 2
+        links = [(device.nvlink_gb_per_s, 1), (device.pcie_gb_per_s, 2)]
+        further = (1 + (devices - 1).bit_length()) / 2
         moved = 2 * (devices - 1) / devices * kernel.size_bytes
-        return min(way.latency_ns * further + moved / (link * way.efficiency) for way in self.law.link)
+        return min(
+            way.latency_ns * (hops * further) + moved / (link * way.efficiency)
+            for way in self.law.link
+            for link, hops in links
+            if link
+        )
 
 
 def waves(tiles: int, blocks: int, slots: int) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ COLUMNS = (64, 128, 256)
 ROWS = (8, 16, 32, 64, 128, 256)
 SHARES = (1, 2, 4)
 LARGEST = 256 * 128
+CLUSTER = 2  # blocks that start together
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Plan:
     shares: int
     tiles: int
     blocks: int
-    cluster: int = 2
+    cluster: int = CLUSTER
     tile_ns: float = 0.0
     whole_ns: float = 0.0
 
@@ -63,17 +64,17 @@ def _at(known: Plan, kernel: Kernel, device: Device) -> Plan:
 
 @cache
 def _choices(kernel: Kernel, sms: int) -> tuple[Plan, ...]:
-    found = []
+    found, whole = [], max(sms // CLUSTER * CLUSTER, 1)
     for columns in COLUMNS:
         for rows in ROWS:
             if columns * rows > LARGEST or rows >= 2 * max(kernel.rows, ROWS[0]):
                 continue
-            found += [_plan(kernel, columns, rows, shares, sms) for shares in SHARES]
+            found += [_plan(kernel, columns, rows, shares, whole) for shares in SHARES]
     return tuple(found)
 
 
 def _plan(
-    kernel: Kernel, columns: int, rows: int, shares: int, sms: int, cluster: int = 2, tile_ns: float = 0.0
+    kernel: Kernel, columns: int, rows: int, shares: int, sms: int, cluster: int = CLUSTER, tile_ns: float = 0.0
 ) -> Plan:
     tiles = ceil(kernel.columns / columns) * ceil(kernel.rows / rows) * shares
     return Plan(columns, rows, shares, tiles, min(tiles, sms), cluster, tile_ns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import hypot, log
+from math import hypot, isclose, log
 from typing import TYPE_CHECKING
 
 from batchsim.errors import InputError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Decoding rows beside prompts, and their contexts, for which the parts of a forward that they add are compared.
 MIXED_ROWS, MIXED_CONTEXT = 64, 300
-ALIKE = ("sms", "clock_mhz", "matrix_tflops", "vector_tflops", "memory_gb_per_s", "l2_bytes", "pcie_gb_per_s")
+ALIKE = ("clock_mhz", "memory_gb_per_s", "l2_bytes", "pcie_gb_per_s")
 SUMMING = 2  # launches that a sum over devices costs the host as much as (24 us against 13)
 CHOOSING = 6  # kernels more to find the best token of a divided vocabulary
 HOST_TERMS = ("step_ns", "seq_ns", "prefill_token_ns", "admitted_ns", "token_ns")
@@ -93,7 +93,7 @@ def transferred(profile: Profile, hardware: Device, tensor_parallel: int = 1, *,
         InputError: without a file; the profile is of a device that the catalogue does not know.
     """
     source = source_of(profile)
-    pair = Pair(source, hardware, by or rules(), tensor_parallel, forwards_of(profile.model))
+    pair = Pair(source, hardware, _rules(by or rules(), source, hardware), tensor_parallel, forwards_of(profile.model))
     slower = host_factor(hardware)
     if pair.alike and slower == 1.0 and hardware.memory_bytes == source.memory_bytes:
         return profile
@@ -113,6 +113,13 @@ def transferred(profile: Profile, hardware: Device, tensor_parallel: int = 1, *,
     return profile.model_copy(update=update)
 
 
+def _rules(by: Rules, *devices: Device) -> Rules:
+    """The rules by which to compare devices: where one's products were not recorded, all are estimated, so that what is
+    wrong with estimates cancels."""
+    known = all((device.family, device.planned) in by.plans for device in devices)
+    return by if known else Rules(by.law, {})
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A source and a target, and the model that runs on both, on the target divided among `devices`."""
@@ -126,14 +133,18 @@ class Pair:
     @property
     def alike(self) -> bool:
         """Whether forwards and copies take as long on both."""
-        return self.devices == 1 and all(getattr(self.source, key) == getattr(self.target, key) for key in ALIKE)
+        return self.source.sms == self.target.sms and self._same_multiprocessors
 
     @property
     def part(self) -> bool:
         """Whether the target is a part of the source, on which the same kernels run."""
-        keys = [key for key in ALIKE if key not in ("sms", "matrix_tflops", "vector_tflops")]
-        same = all(getattr(self.source, key) == getattr(self.target, key) for key in keys)
-        return same and self.devices == 1 and self.source.planned == self.target.planned
+        return self.source.planned == self.target.planned and self._same_multiprocessors
+
+    @property
+    def _same_multiprocessors(self) -> bool:
+        """Whether the two differ in how many multiprocessors they have at most."""
+        same = all(getattr(self.source, key) == getattr(self.target, key) for key in ALIKE)
+        return same and self.devices == 1 and isclose(self.chain, 1.0)
 
     @property
     def clock(self) -> float:
@@ -246,7 +257,7 @@ def spread(pair: Pair, slower: float) -> dict[str, float]:
     """
     source, target = pair.source, pair.target
     # Parts of one device alone were measured: an H100 is an H200 with another memory, of which nothing is known.
-    alike = all(
+    alike = isclose(pair.chain, 1.0) and all(
         getattr(target, key) == getattr(source, key) for key in ("family", "planned", "clock_mhz", "memory_gb_per_s")
     )
     known = pair.rules.law.spread["part" if alike else "other"]
@@ -261,8 +272,11 @@ def spread(pair: Pair, slower: float) -> dict[str, float]:
     if pair.devices > 1:
         known = {part: _joined(own, pair.rules.law.spread["shared"].get(part)) for part, own in known.items()}
         distances |= {part: max(distances[part], _halvings(pair.devices)) for part in ("decode", "prefill")}
+    # Of another family the kernels are others, even if all of its rates are the same.
+    changed = {part for part, distance in distances.items() if distance}
+    changed |= set() if alike or pair.alike else {"decode", "prefill"}
     return {
-        part: hypot(known[part][0], known[part][1] * distance) if distance else 0.0
+        part: hypot(known[part][0], known[part][1] * distance) if part in changed else 0.0
         for part, distance in distances.items()
     }
 

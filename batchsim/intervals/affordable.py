@@ -49,12 +49,15 @@ def of_run(
 def again(kind: Kind, base: Path) -> Callable[[Any, Any], Run]:
     """What simulates a scenario that is known to fit, and of which the figures alone are wanted.
 
-    A trace's path is relative to `base`.
+    A trace's path is relative to `base`. An interrupted run is no result: KeyboardInterrupt is raised.
     """
 
     def simulate(scenario: Any, costs: Any) -> Run:
         options = {"watch": False} if scenario.kind == "serving" else {}
-        return kind.simulate(scenario, costs, checks=False, base=base, **options)
+        run = kind.simulate(scenario, costs, checks=False, base=base, **options)
+        if any(result.partial is not None for result in run.results.values()):
+            raise KeyboardInterrupt
+        return run
 
     return simulate
 

@@ -92,6 +92,11 @@ def request_ns(scenario: Scenario, profile: Profile, schedule: str, load: Load, 
     decoded = max(load.output_tokens - 1, 0.0)  # the step that ends the prompt samples the first
     budget = scenario.max_num_batched_tokens
     best = inf
+    # Every step is full of prompts, with as many decodes beside them as there are: these may be between the sizes.
+    full = (load.prompt_tokens + decoded) / budget
+    if (beside := decoded / full) <= most:
+        few, part = int(beside), beside % 1
+        best = full * ((1 - part) * machine.mixed_ns(few, full) + part * machine.mixed_ns(few + 1, full))
     for rows in sizes:
         step_ns = machine.decode_ns(rows)
         alone = load.prompt_tokens / budget  # the prompts' steps, as full as they may be

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from batchsim.plan.bench import ScenarioBench
-from batchsim.plan.candidate import Trial
+from batchsim.plan.candidate import Candidate, Trial
 from batchsim.plan.result import Change
 from batchsim.plan.search import Search
 from batchsim.plan.traffic import scaled
 
 _LEAST_TRAFFIC, _MOST_TRAFFIC = 0.5, 2.0
 _STEPS = 4  # of a bisection
-_TRIES = 3
+_TRIES = 12
 
 
 def changes(
@@ -29,7 +29,7 @@ def changes(
     if missed is not None:
         found.append(_near_miss(bench, best, missed))
     elif best is not None and best.candidate.cost_per_hour <= cheapest:
-        found.append(Change("floor", "No cheaper candidate can carry the load, whatever the objectives."))
+        found.append(Change("floor", _floor(bench, best)))
     elif best is None:
         found.append(
             Change("floor", "By the profile's costs alone, the load or the throughput asked for is beyond them.")
@@ -39,6 +39,17 @@ def changes(
     if best is not None and (more := _headroom(bench, best)) is not None:
         found.append(more)
     return tuple(found)
+
+
+def _floor(bench: ScenarioBench, best: Trial) -> str:
+    """Why nothing cheaper was tried."""
+    problem = bench.problem
+    least = min(Candidate(each, problem.replicas[0]).cost_per_hour for each in problem.configurations)
+    if best.candidate.cost_per_hour <= least:
+        return "No candidate is cheaper."
+    if any(each.rate for each in bench.objectives):
+        return "No cheaper candidate can carry the load at the rate that is asked for, by the profile's costs alone."
+    return "No cheaper candidate can carry the load, whatever the objectives."
 
 
 def _nearest_miss(search: Search, best: Trial | None) -> Trial | None:
@@ -106,7 +117,7 @@ def _headroom(bench: ScenarioBench, best: Trial) -> Change | None:
     if share >= _MOST_TRAFFIC:
         return Change("traffic", f"The answer holds even at {share:g} times the traffic.", figures)
     if share <= 1:
-        return Change("traffic", "The answer holds at no more traffic than this.", figures)
+        return Change("traffic", "The answer holds at hardly more traffic than this.", figures)
     return Change("traffic", f"The answer holds up to about {share - 1:.0%} more traffic.", figures)
 
 

@@ -52,6 +52,11 @@ class Objective:
         return self.figure.startswith("latency_ms.")
 
     @property
+    def rate(self) -> bool:
+        """Whether it bounds what is served a second."""
+        return self.key.endswith("_per_s")
+
+    @property
     def words(self) -> str:
         """The figure as sentences name it: `p99 TTFT`."""
         found = _LATENCY.fullmatch(self.key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from batchsim.errors import need_pandas
 from batchsim.plan.candidate import Trial
 from batchsim.plan.objectives import Objective
 
@@ -27,7 +28,7 @@ class Change:
         return {"kind": self.kind, "text": self.text, **self.figures}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlanResult:
     """The answer to a plan.
 
@@ -93,6 +94,7 @@ class PlanResult:
 
     def frame(self) -> pd.DataFrame:
         """`rows` as a pandas frame."""
+        need_pandas()
         import pandas as pd
 
         return pd.DataFrame(self.rows())
@@ -102,6 +104,9 @@ class PlanResult:
         from batchsim.plan.figure import frontier_figure
 
         return frontier_figure(self)
+
+    def __repr__(self) -> str:
+        return "\n".join([f"<PlanResult {self.name!r}>", *self.sentences])
 
     def _repr_html_(self) -> str:
         from batchsim.plan.figure import as_html

@@ -10,7 +10,7 @@ from batchsim.plan.result import PlanResult
 
 def sentences(found: PlanResult) -> list[str]:
     """What to take and what it costs; what it reaches and what binds; the runner-up; what would change the answer."""
-    effort = f"{found.simulations:,} simulations of {found.candidates:,} candidates"
+    effort = f"{found.simulations:,} simulations of {found.candidates:,} candidate{'s' * (found.candidates != 1)}"
     told = [] if found.partial is None else [f"This is not the whole answer: {found.partial}."]
     if found.best is None:
         none = "No candidate is known to meet" if found.partial else "No candidate meets"

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from batchsim.report.shown import stage_label
 from batchsim.report.terminal import bullet
+from batchsim.report.words import transfer_notes
 
 if TYPE_CHECKING:
     from batchsim.explain.result import Explained, Explanation, Gain
@@ -25,6 +26,7 @@ _DEFINITIONS = {
     "latencies": "so much less of them",
     "of the step": "the stage's share of a mean step; stages overlap, and so shares may add up to more than the step",
     "everything": "all stages faster at once",
+    "( )": "chance may explain it: with other requests it differs by as much",
 }
 
 
@@ -34,6 +36,8 @@ def print_explain(console: Console, found: Explanation) -> None:
     console.print(Text.assemble((found.name, "bold cyan"), (f"  each stage {found.by:.0%} faster", "dim")))
     for sentence in found.sentences:
         console.print(bullet("\N{BULLET} ", sentence, "bold"))
+    for sentence in transfer_notes([found.provenance]):
+        console.print(bullet("warning: ", sentence, "yellow"))
     console.print()
     for each in found.schedules.values():
         console.print(_table(each, console.width))
@@ -79,7 +83,7 @@ def _table(each: Explained, width: int) -> Table:
         table.add_column(heading, justify=justify, header_style="bold", overflow="fold")  # type: ignore[arg-type]
     some = _worth(each)
     for gain in (*some, each.everything):
-        cells = [_share(gain), _percent(gain.throughput), *(_percent(gain.latency.get(key)) for key in latencies)]
+        cells = [_share(gain), _percent(gain.throughput), *(_likely(gain, key) for key in latencies)]
         table.add_row(_name(gain), "" if gain is each.everything else gain.side, *cells)
         if some and gain is some[-1]:
             table.rows[-1].end_section = True
@@ -130,6 +134,12 @@ def _name(gain: Gain) -> str:
 
 def _share(gain: Gain) -> str:
     return "" if gain.share is None else f"{gain.share:.1%}"
+
+
+def _likely(gain: Gain, key: str) -> str:
+    """In brackets where chance may explain it."""
+    text = _percent(gain.latency.get(key))
+    return f"({text})" if text not in ("-", "0") and not gain.sure(key) else text
 
 
 def _with_width(gain: Gain, key: str) -> str:

@@ -12,6 +12,7 @@ from rich.text import Text
 from batchsim.report.plan_words import in_order, passes, verdict
 from batchsim.report.sweep_words import number
 from batchsim.report.terminal import bullet
+from batchsim.report.words import transfer_notes
 
 if TYPE_CHECKING:
     from batchsim.plan.candidate import Trial
@@ -24,6 +25,7 @@ _WIDE = 120
 _BEST = "\N{BLACK RIGHT-POINTING TRIANGLE} "
 _RUNNER_UP = "\N{WHITE RIGHT-POINTING TRIANGLE} "
 _MEETS = "\N{CHECK MARK} "
+_SCREENED = "\N{WHITE CIRCLE} "
 
 
 def print_plan(console: Console, found: PlanResult) -> None:
@@ -43,11 +45,17 @@ def print_plan(console: Console, found: PlanResult) -> None:
     if found.latency is not None and len(found.frontier) > 1:
         console.print(_frontier(found, found.latency), "", sep="\n")
     marks = f"{_BEST}best, {_RUNNER_UP}runner-up, {_MEETS}meets the objectives"
+    if any(passes(trial) and not trial.meets for trial in trials[:ROWS]):
+        marks += f", {_SCREENED}does as predicted, of which no draws were made"
     console.print(Text(f"{marks}; ( ): the value that holds with {found.confidence:.0%} confidence", style="dim"))
+    runs = [trial.run.provenance for trial in trials if trial.run is not None]
+    for sentence in transfer_notes(runs):
+        console.print(bullet("warning: ", sentence, "yellow"))
     refused = [trial for trial in found.evaluated if trial.refused is not None]
     for reason in dict.fromkeys(trial.refused for trial in refused):
         some = sum(trial.refused == reason for trial in refused)
-        console.print(bullet("\N{BULLET} ", f"{some:,} candidates cannot run: {reason}", "yellow"))
+        told = f"{some:,} candidate{'s' * (some != 1)} cannot run: {reason}"
+        console.print(bullet("\N{BULLET} ", told, "yellow"))
 
 
 def _candidates(found: PlanResult, trials: list[Trial], width: int) -> Table:
@@ -86,7 +94,7 @@ def _frontier(found: PlanResult, latency: Objective) -> Table:
     for trial in found.frontier[:FRONTIER_ROWS]:
         style = "bold green" if trial is found.best else ""
         table.add_row(
-            trial.candidate.words, _money(trial.cost_per_million_tokens), f"{trial.figures[latency.figure]:,.4g}",
+            trial.candidate.words, _money(trial.cost_per_million_tokens), number(trial.figures[latency.figure]),
             style=style,
         )  # fmt: skip
     return table
@@ -101,7 +109,9 @@ def _table(first: str) -> Table:
 def _mark(found: PlanResult, trial: Trial) -> str:
     if trial is found.best:
         return _BEST
-    return _RUNNER_UP if trial is found.runner_up else _MEETS if passes(trial) else "  "
+    if trial is found.runner_up:
+        return _RUNNER_UP
+    return _MEETS if trial.meets else _SCREENED if passes(trial) else "  "
 
 
 def _short(value: float) -> str:

@@ -32,6 +32,7 @@ from batchsim.report.words import (
     effort,
     headline,
     idle_shares,
+    transfer_notes,
     unique_warnings,
 )
 from batchsim.result import Run, ScheduleResult, errors
@@ -108,6 +109,8 @@ def _title(predicted: Run, measured: Run | None) -> Text:
     profile = predicted.provenance.get("profile")
     if isinstance(profile, str):
         title.append(f" on profile {profile}", style="dim")
+    for note in transfer_notes([predicted.provenance]):
+        title.append(f", {note}", style="dim")
     return title
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from batchsim.operations import HOST_PHASES, Forward, Synchronize
 from batchsim.report.shown import LATENCY_NAMES, arrives, error_text, ms_text, spoken, stage_label, unit, varied
@@ -142,6 +143,14 @@ def agreement(predicted: Run, measured: Run) -> str:
 def unique_warnings(runs: Iterable[Run]) -> list[str]:
     """The warnings of all results, each once, in order."""
     return list(dict.fromkeys(text for run in runs for result in run.results.values() for text in result.warnings))
+
+
+def transfer_notes(provenances: Iterable[Mapping[str, Any]]) -> list[str]:
+    """From which device to which the costs of runs were transferred, each once, in order."""
+    from batchsim.profile import Transfer
+
+    found = [Transfer.model_validate(each["transfer"]) for each in provenances if "transfer" in each]
+    return list(dict.fromkeys(each.sentence for each in found))
 
 
 def _keep_up(run: Run, baseline: ScheduleResult, other: ScheduleResult) -> bool:

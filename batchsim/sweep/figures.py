@@ -75,8 +75,9 @@ def heat(columns: Columns, x: str, y: str, value: str, schedule: str | None) -> 
     wanted = schedule if schedule is not None else next(iter(names), None)
     cells: dict[tuple[Any, Any], list[float]] = {}
     for i, found in enumerate(columns[value]):
-        if found is not None and columns["schedule"][i] == wanted:
-            cells.setdefault((columns[x][i], columns[y][i]), []).append(found)
+        at = columns[x][i], columns[y][i]
+        if found is not None and None not in at and columns["schedule"][i] == wanted:
+            cells.setdefault(at, []).append(found)
     across, down = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
     table = [[fmean(cells[at]) if (at := (left, top)) in cells else None for left in across] for top in down]
     figure = go.Figure(go.Heatmap(x=across, y=down, z=table, colorscale="Viridis", colorbar_title_text=value))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from batchsim.errors import RunError
-from batchsim.sweep.point import Task, told
+from batchsim.sweep.point import PASSING, Task, told
 from batchsim.sweep.points import code_version
 from batchsim.sweep.pool import THREADS, Done, Fallen
 
@@ -71,7 +71,8 @@ def _connect(ray: Any, address: str) -> None:
 def _run(ray: Any, tasks: Sequence[Task], files: Mapping[Path, bytes]) -> Generator[Done]:
     todo, fallen = deque(tasks), Fallen()
     errors = ray.exceptions
-    died = errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError, errors.ObjectLostError
+    lost_with = errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError, errors.ObjectLostError
+    died = (*lost_with, *PASSING)
     packed = _packed(tasks[0].base, files)
     sent = None if packed is None else [ray.put(packed)]  # in a list, so that it is fetched by those alone who need it
     remote = ray.remote(num_cpus=1, max_retries=0)(_told)

@@ -18,6 +18,8 @@ SCHEMA_VERSION = 1
 # What the errors of points name, wherever the scenario came from: results do not tell of places.
 SCENARIO = "scenario"
 QUANTILES = 101
+# What the machine lacked at that moment, and no result of the point: another time it may well run.
+PASSING = (MemoryError, OSError)
 # Milliseconds to so many decimals: nanoseconds.
 _DECIMALS = 6
 
@@ -40,6 +42,7 @@ def told(task: Task) -> bytes:
     bytes, on any machine, in any folder.
 
     Raises:
+        PASSING: it could not be run here and now.
         KeyboardInterrupt: it was interrupted.
     """
     if task.refused is not None:
@@ -49,7 +52,9 @@ def told(task: Task) -> bytes:
         return _content(task, run=_json(run))
     except BatchSimError as error:
         return failed(task, _placeless(str(error), task.base))
-    except Exception as error:  # a mistake of ours, or no memory: the other points are not to blame
+    except PASSING:
+        raise
+    except Exception as error:  # a mistake of ours: the other points are not to blame
         return failed(task, f"{type(error).__name__}: {error}".removesuffix(": "))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,15 +122,25 @@ def _point(values: dict[str, Any], source: Source, files: Files, draws: int) -> 
 
 @cache
 def code_version() -> str:
-    """A hash of this package's sources and data, and of the libraries that compute for it."""
+    """A hash of this package's sources and data, of what fits into memory, and of the libraries that compute for it."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in _SOURCES and path.is_file():
             _add(digest, path.relative_to(folder).as_posix().encode(), path.read_bytes())
+    for name, entry in sorted(shipped("memory").items()):
+        _add(digest, name.encode(), entry.read_bytes())
     for name in _LIBRARIES:
-        _add(digest, name.encode(), version(name).encode())
+        _add(digest, name.encode(), _installed(name).encode())
     return digest.hexdigest()
+
+
+def _installed(library: str) -> str:
+    """Its version; empty where it is not there, as numba need not be: events are then simulated one by one."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
 
 
 class Files:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from batchsim.errors import RunError
-from batchsim.sweep.point import Task, failed, told
+from batchsim.sweep.point import PASSING, Task, failed, told
 
-# The name of a point, its file's content, and whether that is for keeps: not of one whose process died.
+# The name of a point, its file's content, and whether that is for keeps: not of one that the machine failed.
 Done: TypeAlias = tuple[str, bytes, bool]
 
 WORKER = "batchsim.sweep.worker"
@@ -53,7 +53,8 @@ class _Worker:
         path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(theirs.fileno())],
+                # -P: the code is that of the process that started it, whatever lies in the working directory.
+                [sys.executable, "-P", "-m", WORKER, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -134,4 +135,9 @@ def on_processes(tasks: Sequence[Task], workers: int) -> Generator[Done]:
 def in_this_process(tasks: Sequence[Task]) -> Generator[Done]:
     """Run the tasks here, one after another."""
     for task in tasks:
-        yield task.hash, told(task), True
+        try:
+            done = task.hash, told(task), True
+        except PASSING as error:
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            done = task.hash, failed(task, f"{reason}; a sweep that goes on tries again"), False
+        yield done

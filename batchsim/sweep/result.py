@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchsim.errors import InputError
+from batchsim.errors import InputError, need_pandas
 from batchsim.sweep.store import POINTS, SUMMARY
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 POINT, SCHEDULE, HASH, ERROR = "point", "schedule", "hash", "error"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult:
     """A sweep's points in its order, as their files hold them. `folder` is where those lie, if they do.
 
@@ -50,6 +50,9 @@ class SweepResult:
             path = folder / POINTS / f"{each['hash']}.json"
             points.append(read_json(path) if path.is_file() else _unknown(each))
         return cls(summary["name"], summary["fields"], points, summary["draws"], summary["code"], folder)
+
+    def __repr__(self) -> str:
+        return f"<SweepResult {self.name!r}: {len(self.points):,} points over {', '.join(self.fields)}>"
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -82,6 +85,7 @@ class SweepResult:
 
     def frame(self) -> pd.DataFrame:
         """The rows as a pandas frame; a swept field whose values are no plain ones is told as text."""
+        need_pandas()
         import pandas as pd
 
         columns = self._columns

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,10 +73,17 @@ def of(document: Mapping[str, Any], *, base: Path = Path(), draws: int | None = 
 
 
 def _sweep(spec: SweepSpec, path: Path, lines: Mapping[KeyPath, int], draws: int | None) -> Sweep:
-    draws = usual_draws() if draws is None else draws
+    draws = usual_draws() if draws is None else _count("draws", draws)
     source = source_of(spec, path, lines)
     points, files = points_of(spec, source, file=str(path), lines=lines, draws=draws)
     return Sweep(spec.name, spec.fields, points, files, source.base, draws)
+
+
+def _count(name: str, value: int) -> int:
+    """A count that was given in a call, whatever kind of integer it is."""
+    if not hasattr(value, "__index__") or value < 0:
+        raise InputError(None, name, shown(value), "an integer, 0 or more")
+    return index(value)
 
 
 def usual_draws() -> int:
@@ -111,6 +119,7 @@ def run(
     """
     if engine not in ENGINES:
         raise InputError(None, "engine", shown(engine), " or ".join(ENGINES))
+    workers = cores() if workers is None else _count("workers", workers)
     with only_writer(out):
         store, tasks, lost = Store(out), sweep.tasks(), {}
         todo = [task for name, task in tasks.items() if name not in store]
@@ -134,7 +143,7 @@ def run(
 
 
 def _engine(
-    todo: list[Task], engine: str, workers: int | None, address: str | None, files: Mapping[Path, bytes]
+    todo: list[Task], engine: str, workers: int, address: str | None, files: Mapping[Path, bytes]
 ) -> Generator[Done]:
     from batchsim.sweep.pool import in_this_process, on_processes
 
@@ -142,7 +151,7 @@ def _engine(
         from batchsim.sweep.on_ray import on_ray
 
         return on_ray(todo, address or "auto", files)
-    return on_processes(todo, workers or cores()) if todo and workers != 0 else in_this_process(todo)
+    return on_processes(todo, workers) if todo and workers else in_this_process(todo)
 
 
 def _has_failed(content: bytes) -> bool:

@@ -127,9 +127,9 @@ function drawLines(across, column, rows) {
   const where = row => plain ? at(across.key, row) : xs.index(row);
   const places = [...new Set(rows.map(where))].sort((a, b) => a - b);
   const traces = groups.names.map((name, group) => {
-    const some = rows.filter(row => groups.index(row) === group);
-    const points = places.map(each => standing(some.filter(row => where(row) === each), column))
-      .filter(row => row !== null);
+    const some = new Map(places.map(each => [each, []]));
+    for (const row of rows) if (groups.index(row) === group) some.get(where(row)).push(row);
+    const points = [...some.values()].map(each => standing(each, column)).filter(row => row !== null);
     const reach = side => points.map(row => {
       const value = at(column.key, row);
       return Math.abs((data[side][column.key]?.[row] ?? value) - value);
