@@ -20,7 +20,7 @@ from batchsim.refusal import Override, Refusals
 from batchsim.yaml_loader import Document, KeyPath
 
 if TYPE_CHECKING:
-    from batchsim.kinds import AnyProfile, AnyScenario, Kind
+    from batchsim.kinds import AnyScenario, Kind
     from batchsim.result import Run
 
 _MODELS = {"serving": "Scenario", "dynamic": "DynamicScenario", "training": "TrainingScenario"}

@@ -121,8 +121,9 @@ class Explanation:
     def figure(self) -> go.Figure:
         """Bars: what each stage gains in each schedule, in what its stages are ordered by."""
         from batchsim.explain.figure import gains_figure
+        from batchsim.report.figures import on_white
 
-        return gains_figure(self)
+        return on_white(gains_figure(self))
 
     def __repr__(self) -> str:
         return "\n".join([f"<Explanation {self.name!r}>", *self.sentences])
