@@ -96,7 +96,8 @@ def run(
     profile: ProfileName = None,
     out: Out = None,
     draws: Annotated[
-        int | None, typer.Option(min=0, max=1000, help="Simulations that 90% intervals are made from; 0: none.")
+        int | None,
+        typer.Option(metavar="N", min=0, max=1000, help="Simulations that 90% intervals are made from; 0: none."),
     ] = None,
     as_json: Json = False,
 ) -> None:

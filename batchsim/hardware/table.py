@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +15,7 @@ COLUMNS = ("name", "SMs", "MHz", "bf16", "memory", "GB/s", "NVLink", "PCIe", "US
 
 def print_catalogue(console: Console, catalogue: Mapping[str, Device]) -> None:
     """A row for each device; its sources are in the JSON."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for name, device in catalogue.items():
@@ -24,7 +25,7 @@ def print_catalogue(console: Console, catalogue: Mapping[str, Device]) -> None:
             f"{device.memory_bytes / 1e9:.0f}", f"{device.memory_gb_per_s:g}",
             f"{device.nvlink_gb_per_s:g}" if device.nvlink_gb_per_s else "none", f"{device.pcie_gb_per_s:g}", price,
         )  # fmt: skip
-    console.print(table)
+    console.print(table, "", sep="\n")
     console.print(
         "bf16: dense TFLOP/s at the boost clock; memory in GB; bandwidths in GB/s, of one direction; on-demand list "
         "prices of one device, with their sources in `batchsim hardware --json`. A scenario's `hardware` may be one of "
