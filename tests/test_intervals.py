@@ -22,7 +22,7 @@ from batchsim.intervals.design import BLOCK, MOST_FACTORS, signs
 from batchsim.intervals.groups import group_of, scale_of
 from batchsim.intervals.learned import NORMAL, learned, loop_of
 from batchsim.intervals.perturb import SERVING, TRAINING
-from batchsim.intervals.within import draw, offsets
+from batchsim.intervals.within import _consistent, draw, offsets
 from batchsim.profile import Profile, Transfer
 from batchsim.report import print_run
 from batchsim.report.tuning import sentences
@@ -361,3 +361,21 @@ def test_a_tuned_training_has_an_interval() -> None:
     found = tune_training(training_scenario(steps=2), at, small_training_profile(), again=at)
     assert found.interval_90_ms is not None and found.best.step_ms is not None
     assert found.interval_90_ms[0] < found.best.step_ms < found.interval_90_ms[1]
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1e6)] * 3), min_size=2, max_size=5))
+def test_bounds_of_quantiles_rise_and_keep_their_points(drawn: list[tuple[float, float, float]]) -> None:
+    points = sorted(sorted(each)[1] for each in drawn)
+    bounds = [(min(point, *each), max(point, *each)) for point, each in zip(points, drawn, strict=True)]
+    keys = [f"latency_ms.ttft.{name}" for name in ("p50", "p90", "p95", "p99", "p99.9")[: len(points)]]
+    found = _consistent(dict(zip(keys, bounds, strict=True)))
+    lows, highs = zip(*found.values(), strict=True)
+    assert list(found) == keys
+    assert list(lows) == sorted(lows) and list(highs) == sorted(highs)
+    assert all(low <= point <= high for point, low, high in zip(points, lows, highs, strict=True))
+
+
+def test_no_more_requests_are_good_than_are_served() -> None:
+    served, good = (40.0, 60.0), (10.0, 90.0)
+    bounds = _consistent({"throughput_requests_per_s": served, "goodput_requests_per_s": good})
+    assert bounds["goodput_requests_per_s"] == (10.0, 60.0)

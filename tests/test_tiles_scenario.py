@@ -269,7 +269,7 @@ def test_each_kind_of_scenario_names_the_command_for_the_other() -> None:
 
 def test_the_schema_holds_every_kind() -> None:
     schema = scenario_json_schema()
-    assert set(schema["discriminator"]["mapping"]) == {"serving", "dynamic", "training", "tiles"}
+    assert set(schema["discriminator"]["mapping"]) == {"serving", "dynamic", "training", "tiles", "sweep", "plan"}
     tiles = schema["$defs"]["TilesScenario"]["properties"]
     assert all(tiles[key].get("description") for key in TilesScenario.model_fields)
 

@@ -130,6 +130,26 @@ def _intervals(
         else:
             at, half = scale.of(point), half_width(widths.get(group_of(key), usual), offset)
             found[key] = (min(scale.back(at - half), point), max(scale.back(at + half), point))
+    return _consistent(found)
+
+
+def _consistent(found: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Bounds that fit each other: of quantiles they rise, and no more requests are good than are served.
+
+    Each figure stays within its own, because the figures themselves rise.
+    """
+    ladders: dict[str, list[str]] = {}
+    for key in found:
+        stem, _, statistic = key.rpartition(".p")
+        if stem and statistic.replace(".", "").isdigit():
+            ladders.setdefault(stem, []).append(key)
+    for keys in ladders.values():
+        keys.sort(key=lambda key: float(key.rpartition(".p")[2]))
+        lows, highs = (sorted(found[key][side] for key in keys) for side in (0, 1))
+        found |= dict(zip(keys, zip(lows, highs, strict=True), strict=True))
+    good, served = found.get("goodput_requests_per_s"), found.get("throughput_requests_per_s")
+    if good is not None and served is not None:
+        found["goodput_requests_per_s"] = good[0], min(good[1], served[1])
     return found
 
 
