@@ -14,9 +14,14 @@ import typer
 
 from batchsim import __version__
 from batchsim.command import (
+    Json,
+    ProfileName,
+    ScenarioFile,
+    Schedules,
     blame,
     check_device,
     check_folder,
+    give,
     need_cuda,
     need_torch,
     outcome,
@@ -49,22 +54,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ScenarioFile = Annotated[Path, typer.Argument(metavar="FILE", help="A scenario in YAML.", show_default=False)]
 ScenarioFiles = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Scenarios in YAML.", show_default=False)]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Replace a value of the file, as workload.num_prompts=64."),
 ]
-Schedules = Annotated[
-    str | None, typer.Option(metavar="NAMES", help="Schedules in place of the file's, as sync,async.")
-]
-ProfileName = Annotated[
-    str | None, typer.Option("--profile", metavar="NAME|FILE", help="A profile in place of the file's.")
-]
 Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Write result.json, report.html and trace.json into this folder.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Device = Annotated[str, typer.Option(metavar="cuda|cpu", help="The device to measure.")]
 
 
@@ -108,7 +105,7 @@ def run(
         with blame(file), progress_bar(f"simulating {file.name}") as progress:
             status = None if progress is None else partial(progress, None)
             predicted = kind.simulate(scenario, costs, progress=progress, status=status, base=file.parent)
-            interrupted = any(result.partial for result in predicted.results.values())
+            interrupted = predicted.interrupted
             if not interrupted:
                 from batchsim.intervals import again, of_run
 
@@ -229,21 +226,12 @@ def tiles(
 
             with progress_bar(f"measuring {file.name}") as progress:
                 found = found.with_measured(lambda case: measure(case), tell=progress)
-        if as_json:
-            print_json(found.to_json())
-        else:
-            from rich.console import Console
+        from batchsim.tiles.report import print_tiles, write_tiles_report
 
-            from batchsim.tiles.report import print_tiles
-
-            print_tiles(Console(), found)
-        if out is not None:
-            from batchsim.files import write_json
-            from batchsim.tiles.report import write_tiles_report
-
-            write_json(out / "result.json", found.to_json())
-            write_tiles_report(out / "report.html", found)
-            typer.echo(f"wrote {out}: result.json, report.html", err=True)
+        give(
+            found, out, "result.json", as_json=as_json,
+            show=lambda console: print_tiles(console, found), report=lambda path: write_tiles_report(path, found),
+        )  # fmt: skip
 
 
 @app.command()
@@ -312,21 +300,12 @@ def memory(
         library = library_for(str(costs.provenance.get("device")))
         with blame(file):
             found = breakdown(scenario, costs.device_memory_bytes, library, file.parent)
-        if as_json:
-            print_json(found.to_json())
-        else:
-            from rich.console import Console
+        from batchsim.report.memory import print_memory, write_memory_report
 
-            from batchsim.report.memory import print_memory
-
-            print_memory(Console(), found)
-        if out is not None:
-            from batchsim.files import write_json
-            from batchsim.report.memory import write_memory_report
-
-            write_json(out / "memory.json", found.to_json())
-            write_memory_report(out / "report.html", found, scenario.model_dump(mode="json"))
-            typer.echo(f"wrote {out}: memory.json, report.html", err=True)
+        give(
+            found, out, "memory.json", as_json=as_json, show=lambda console: print_memory(console, found),
+            report=lambda path: write_memory_report(path, found, scenario.model_dump(mode="json")),
+        )  # fmt: skip
 
 
 @app.command()
@@ -368,18 +347,11 @@ def tune(
             raise InputError("--percentile", "", shown(percentile), "mean, p50, p90, p95 or p99")
         with blame(file), progress_bar(f"tuning {file.name}") as progress:
             found, report = _tune(kind, scenario, costs, percentile, slo_ms, file.parent, progress)
-        if as_json:
-            print_json(found.to_json())
-        else:
-            from rich.console import Console
-
-            report.print_tuning(Console(), scenario.name, found)
-        if out is not None:
-            from batchsim.files import write_json
-
-            write_json(out / "tuning.json", found.to_json())
-            report.write_tuning(out / "report.html", scenario.name, scenario.model_dump(mode="json"), found)
-            typer.echo(f"wrote {out}: tuning.json, report.html", err=True)
+        give(
+            found, out, "tuning.json", as_json=as_json,
+            show=lambda console: report.print_tuning(console, scenario.name, found),
+            report=lambda path: report.write_tuning(path, scenario.name, scenario.model_dump(mode="json"), found),
+        )  # fmt: skip
 
 
 def _tune(

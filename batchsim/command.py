@@ -6,10 +6,10 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,12 +18,27 @@ from batchsim.errors import InputError, RunError, shown
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from rich.console import Console
+
     from batchsim.kinds import AnyProfile, AnyScenario, Kind
     from batchsim.result import Run
+
+    class Answer(Protocol):
+        def to_json(self) -> dict[str, Any]: ...
 
     class Tell(Protocol):
         def __call__(self, fraction: float | None, what: str = ...) -> None: ...
 
+
+# Options and arguments that several commands have.
+ScenarioFile = Annotated[Path, typer.Argument(metavar="FILE", help="A scenario in YAML.", show_default=False)]
+Schedules = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="Schedules in place of the file's, as sync,async.")
+]
+ProfileName = Annotated[
+    str | None, typer.Option("--profile", metavar="NAME|FILE", help="A profile in place of the file's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 # Exit codes; 0 is done.
 FAILED, REFUSED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -86,6 +101,7 @@ def progress_bar(label: str) -> Iterator[Tell | None]:
 def read(
     file: Path, sets: Sequence[str] | None, schedules: str | None, profile: str | None
 ) -> tuple[Kind, AnyScenario, AnyProfile]:
+    from batchsim.evaluate import placed_in
     from batchsim.kinds import kind_of
     from batchsim.refusal import Override
 
@@ -96,11 +112,7 @@ def read(
         overrides.append(Override("--schedules", ("schedules",), names))
     if profile is not None:
         overrides.append(Override("--profile", ("profile",), profile))
-    scenario = kind.load(file, overrides)
-    if scenario.kind == "serving" and scenario.tile_profile is not None:
-        beside = file.parent / scenario.tile_profile
-        if beside.is_file():
-            scenario = scenario.model_copy(update={"tile_profile": str(beside)})
+    scenario = placed_in(kind.load(file, overrides), file.parent)
     return kind, scenario, kind.costs(scenario, Path() if profile is not None else file.parent)
 
 
@@ -132,6 +144,25 @@ def tell(
         write_requests(out / "requests.parquet", predicted.served)
         told += ", requests.parquet"
     typer.echo(f"wrote {out}: {told}", err=True)
+
+
+def give(
+    found: Answer, out: Path | None, name: str, *, as_json: bool, show: Callable[[Console], None],
+    report: Callable[[Path], None],
+) -> None:  # fmt: skip
+    """Prints what a command found, as JSON or by `show`; into `out` goes its JSON, as `name`, and a `report`."""
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from rich.console import Console
+
+        show(Console())
+    if out is not None:
+        from batchsim.files import write_json
+
+        write_json(out / name, found.to_json())
+        report(out / "report.html")
+        typer.echo(f"wrote {out}: {name}, report.html", err=True)
 
 
 def print_json(value: Any) -> None:

@@ -82,20 +82,13 @@ def evaluate_scenario(kind: Kind, scenario: AnyScenario, *, file: str, base: Pat
 
 def _evaluated(kind: Kind, scenario: AnyScenario, base: Path, draws: int | None) -> Run:
     placed, costs = placed_in(scenario, base), kind.costs(scenario, base)
-    run = _whole(kind.simulate(placed, costs, base=base))
+    run = kind.simulate(placed, costs, base=base).whole()
     if draws != 0:
         from batchsim.intervals import again, of_run
 
         run = of_run(run, placed, costs, again(kind, base), draws=draws)
     if placed is not scenario:  # the result tells what was written, wherever that is
         run = replace(run, scenario=run.scenario | {"tile_profile": scenario.model_dump(mode="json")["tile_profile"]})
-    return run
-
-
-def _whole(run: Run) -> Run:
-    """Engines return what there is when they are interrupted: that is no result."""
-    if any(result.partial is not None for result in run.results.values()):
-        raise KeyboardInterrupt
     return run
 
 

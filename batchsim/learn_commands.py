@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchsim.command import outcome, print_json, progress_bar
+from batchsim.command import Json, outcome, print_json, progress_bar
 from batchsim.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ HostPhases = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Untraced host times: JSON of annotations' names and their ms a step."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -62,9 +62,7 @@ def load_curve(
     most = max(result.breaking_requests_per_s or result.throughput_requests_per_s or 0.0 for result in full)
     points: dict[str, list[LoadPoint]] = {name: [] for name in names}
     for done, load in enumerate(LOADS):
-        for name, result in simulate(at(most * load)).results.items():
-            if result.partial is not None:
-                raise KeyboardInterrupt
+        for name, result in simulate(at(most * load)).whole().results.items():
             points[name].append(LoadPoint.of(most * load, result))
         if progress is not None:
             progress((done + 1) / len(LOADS))

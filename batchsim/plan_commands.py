@@ -7,15 +7,24 @@ from typing import Annotated
 
 import typer
 
-from batchsim.command import blame, check_folder, outcome, print_json, progress_bar
+from batchsim.command import (
+    Json,
+    ProfileName,
+    ScenarioFile,
+    Schedules,
+    blame,
+    check_folder,
+    give,
+    outcome,
+    progress_bar,
+    read,
+)
 from batchsim.errors import InputError
 
 MOST = 10  # times faster, beside what it is
 
 PlanFile = Annotated[Path, typer.Argument(metavar="FILE", help="A plan in YAML.", show_default=False)]
-ScenarioFile = Annotated[Path, typer.Argument(metavar="FILE", help="A scenario in YAML.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Replace a value of the file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -40,21 +49,12 @@ def plan(
 
         with blame(file), progress_bar(f"planning {file.name}") as progress:
             found = solved(file, sets=sets or (), draws=draws, progress=progress)
-        if as_json:
-            print_json(found.to_json())
-        else:
-            from rich.console import Console
+        from batchsim.report.plan import print_plan, write_plan_report
 
-            from batchsim.report.plan import print_plan
-
-            print_plan(Console(), found)
-        if out is not None:
-            from batchsim.files import write_json
-            from batchsim.report.plan import write_plan_report
-
-            write_json(out / "plan.json", found.to_json())
-            write_plan_report(out / "report.html", found)
-            typer.echo(f"wrote {out}: plan.json, report.html", err=True)
+        give(
+            found, out, "plan.json", as_json=as_json,
+            show=lambda console: print_plan(console, found), report=lambda path: write_plan_report(path, found),
+        )  # fmt: skip
         if found.partial is not None:
             raise KeyboardInterrupt
 
@@ -62,13 +62,9 @@ def plan(
 def explain(
     file: ScenarioFile,
     by: Annotated[float, typer.Option(metavar="SHARE", help="How much faster each stage gets, as a share.")] = 0.1,
-    schedules: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Schedules in place of the file's, as sync,async.")
-    ] = None,
+    schedules: Schedules = None,
     sets: Sets = None,
-    profile: Annotated[
-        str | None, typer.Option("--profile", metavar="NAME|FILE", help="A profile in place of the file's.")
-    ] = None,
+    profile: ProfileName = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write explain.json and report.html there.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -77,26 +73,16 @@ def explain(
         check_folder(out)
         if not 0 < by <= MOST:  # nor NaN
             raise InputError("--by", "", f"{by:g}", f"a share above 0 and at most {MOST}, as 0.1 for 10% faster")
-        from batchsim.command import read
         from batchsim.explain import explain as explained
 
         kind, scenario, costs = read(file, sets, schedules, profile)
         with blame(file), progress_bar(f"explaining {file.name}") as progress:
             found = explained(kind, scenario, costs, by=by, base=file.parent, progress=progress)
-        if as_json:
-            print_json(found.to_json())
-        else:
-            from rich.console import Console
+        from batchsim.report.explain import print_explain, write_explain_report
 
-            from batchsim.report.explain import print_explain
-
-            print_explain(Console(), found)
-        if out is not None:
-            from batchsim.files import write_json
-            from batchsim.report.explain import write_explain_report
-
-            write_json(out / "explain.json", found.to_json())
-            write_explain_report(out / "report.html", found)
-            typer.echo(f"wrote {out}: explain.json, report.html", err=True)
+        give(
+            found, out, "explain.json", as_json=as_json,
+            show=lambda console: print_explain(console, found), report=lambda path: write_explain_report(path, found),
+        )  # fmt: skip
         if found.partial is not None:
             raise KeyboardInterrupt

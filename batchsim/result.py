@@ -188,6 +188,21 @@ class Run:
     slo: Slo | None = None
     load_curve: LoadCurve | None = None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether its figures are of what had happened when it was interrupted."""
+        return any(result.partial is not None for result in self.results.values())
+
+    def whole(self) -> Run:
+        """Itself, for callers to whom what an interrupted run has is no result.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self
+
 
 def figures(result: ScheduleResult) -> dict[str, float]:
     """All figures of a result in one flat dictionary; keys such as `step_ms.p50` and `stage_ms.decode`."""

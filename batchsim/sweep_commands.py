@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchsim.command import check_folder, outcome, print_json, progress_bar
+from batchsim.command import Json, check_folder, outcome, print_json, progress_bar
 from batchsim.errors import InputError, shown
 
 SweepFile = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep in YAML.", show_default=False)]
@@ -36,7 +36,7 @@ def sweep(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Replace a value of the file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Simulate a grid, a list or a Latin hypercube of variants of a scenario; goes on where it was interrupted."""
     with outcome():

@@ -120,9 +120,7 @@ class _Bench:
         return result.stage_ms.get(stage.name, 0.0) * often / result.step_ms["mean"]
 
     def _simulate(self, scenario: Any, costs: Any, *, checks: bool = False) -> Run:
-        run = self._kind.simulate(scenario, costs, checks=checks, base=self._base)
-        if any(result.partial is not None for result in run.results.values()):
-            raise KeyboardInterrupt
+        run = self._kind.simulate(scenario, costs, checks=checks, base=self._base).whole()
         self.simulations += len(run.results)
         return run
 

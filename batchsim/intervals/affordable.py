@@ -54,10 +54,7 @@ def again(kind: Kind, base: Path) -> Callable[[Any, Any], Run]:
 
     def simulate(scenario: Any, costs: Any) -> Run:
         options = {"watch": False} if scenario.kind == "serving" else {}
-        run = kind.simulate(scenario, costs, checks=False, base=base, **options)
-        if any(result.partial is not None for result in run.results.values()):
-            raise KeyboardInterrupt
-        return run
+        return kind.simulate(scenario, costs, checks=False, base=base, **options).whole()
 
     return simulate
 

@@ -46,7 +46,7 @@ def with_intervals(
     the host's speed, as measured beside a run. The same for the same seed, wherever it is called; an interrupted run
     has no intervals.
     """
-    if draws < 1 or any(result.partial for result in run.results.values()):
+    if draws < 1 or run.interrupted:
         return run
     known = learned()
     short = _shortened(scenario)

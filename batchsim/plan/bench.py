@@ -160,9 +160,7 @@ class ScenarioBench:
         return placed, profile, kind
 
     def _simulate(self, kind: Kind, scenario: Scenario, profile: Profile) -> Run:
-        run = kind.simulate(scenario, profile, checks=False, base=self.problem.base, watch=False)
-        if any(result.partial is not None for result in run.results.values()):
-            raise KeyboardInterrupt
+        run = kind.simulate(scenario, profile, checks=False, base=self.problem.base, watch=False).whole()
         self.simulations += 1
         return run
 
